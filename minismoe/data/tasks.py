@@ -23,8 +23,9 @@ from .lines import BadLines, Contents, read_lines, refuse_lines
 from .tokenizer import Message, Tokenizer
 
 MOST_CHOICES = 300               # answers of a task that are still a small set
-HELD_OUT = 0.1                   # share of the training lines, for each split that has no file
-MOST_HELD_OUT = 64               # lines of that share for validation, which is read many times
+HELD_OUT = 0.1                   # share of the training lines, for a split that has no file
+MOST_TESTED, MOST_VALIDATED = 1000, 64       # lines of that share; validation is read many times
+SHORT, MOST_SHORT = 32, 0.9      # see `are_short`
 Batch = tuple[Tensor, Tensor, Tensor]        # input_ids, attention_mask, labels, each (B, T)
 
 
@@ -39,6 +40,7 @@ class Task:
     train: list[list[Message]]
     test: list[list[Message]]
     valid: list[list[Message]] = field(default_factory=list)
+    has_valid: bool = True                               # a file says which lines these are
     notes: list[str] = field(default_factory=list)       # what the files hold, and how they are cut
 
     def __post_init__(self) -> None:
@@ -98,29 +100,26 @@ def comparable(messages: Sequence[Message]) -> str:
 
 
 def _load_task(name: str, path: Path, seed: int, columns: Columns, bad: BadLines) -> Task:
-    """A task with its three splits. Lines for a split without a file are held out from training; no
+    """A task with its three splits. Lines for a test without a file are held out from training; no
     line is in two splits."""
     (files, _, others), contents = scan(path, columns), Contents()
     files = files if path.is_dir() else {"train": path}
     train = read_lines(files["train"], bad, contents, columns)
     if not train and not any(files["train"] == place for place, _ in bad):
         bad[files["train"], "it holds no example"].append(0)
-    splits, notes, left_out = dict[str, list[list[Message]]](), [], 0
-    for split, least, most in ("test", 1, len(train)), ("valid", 0, MOST_HELD_OUT):
-        count, held_out = len(train), 0
-        if split in files:
-            lines = read_lines(files[split], bad, contents, columns)
-            splits[split] = without(lines, splits.get("test", ()))
-            if known := len(lines) - len(splits[split]):
-                notes.append(f"{known} validation lines left out, as they are in the test")
-        else:
-            distinct = [*{comparable(messages): messages for messages in train}.values()]
-            held_out = max(0, min(len(distinct) - 1, most, max(least, round(HELD_OUT * count))))
-            splits[split] = random.Random(f"{seed} {name} {split}").sample(distinct, held_out)
-            notes.append(f"no {split}.jsonl: {held_out} of {count} training lines held out")
-        train = without(train, splits[split])
-        left_out += count - held_out - len(train)
-    if left_out:
+    notes, count = list[str](), len(train)
+    if "test" in files:
+        test = read_lines(files["test"], bad, contents, columns)
+    else:
+        test = hold_out(train, f"{seed} {name} test", 1, MOST_TESTED)
+        notes.append(f"no test.jsonl: {len(test)} of {count} training lines held out")
+        count -= len(test)
+    found = read_lines(files["valid"], bad, contents, columns) if "valid" in files else []
+    valid = without(found, test)
+    if known := len(found) - len(valid):
+        notes.append(f"{known} validation lines left out, as they are in the test")
+    train = without(train, [*test, *valid])
+    if left_out := count - len(train):
         notes.append(f"{left_out} training lines left out, as they are in the test or validation")
         if not train:
             bad[files["train"], "all its lines are test or validation lines, too"].append(0)
@@ -128,8 +127,31 @@ def _load_task(name: str, path: Path, seed: int, columns: Columns, bad: BadLines
         notes.append(f"{', '.join(more)} not read: a split is train, valid or test.jsonl")
     if twice := len(train) - len({comparable(messages) for messages in train}):
         notes.append(f"{twice} training lines are copies of others")
-    return Task(name, train, splits["test"], splits["valid"],
+    return Task(name, train, test, valid, "valid" in files,
                 [*contents.summary(), *notes, *others])
+
+
+def hold_out(lines: Sequence[list[Message]], seed: str, least: int, most: int,
+             ) -> list[list[Message]]:
+    """A tenth of different lines, `least` to `most`, but never all of them."""
+    distinct = [*{comparable(messages): messages for messages in lines}.values()]
+    count = min(max(least, round(HELD_OUT * len(lines))), most, len(distinct) - 1)
+    return random.Random(seed).sample(distinct, max(0, count))
+
+
+def hold_out_validation(task: Task, seed: int) -> None:
+    """Move some training lines of a task that has no file of validation lines to these."""
+    count = len(task.train)
+    task.valid = hold_out(task.train, f"{seed} {task.name} valid", 0, MOST_VALIDATED)
+    task.train = without(task.train, task.valid)
+    task.notes.append(f"no valid.jsonl, and long answers: {len(task.valid)} of {count} training "
+                      "lines held out")
+
+
+def are_short(lengths: Sequence[int]) -> bool:
+    """Whether MOST_SHORT of the answers, of so many tokens each, have at most SHORT tokens. Short
+    answers are right or wrong; free text is judged by its loss."""
+    return sum(length <= SHORT for length in lengths) >= MOST_SHORT * len(lengths)
 
 
 def without(lines: Sequence[list[Message]], others: Iterable[list[Message]]) -> list[list[Message]]:

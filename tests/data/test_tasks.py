@@ -22,6 +22,7 @@ from minismoe.data.tasks import (
     collate,
     encode,
     encode_all,
+    hold_out_validation,
     load_tasks,
     probe_batches,
     shared_instruction,
@@ -189,10 +190,9 @@ def test_folders_and_files_are_tasks(tmp_path: Path) -> None:
     alpha, beta, v1, v2 = load_tasks(tmp_path)       # by name
     assert [t.name for t in (alpha, beta, v1, v2)] == ["alpha", "beta", "dots.v1", "dots.v2"]
     assert (prompts(beta.train), prompts(beta.test)) == (["q0", "q1", "q2"], ["t0", "t1"])
-    assert (len(alpha.train), len(alpha.valid), len(alpha.test)) == (16, 2, 2)
+    assert (len(alpha.train), len(alpha.valid), len(alpha.test)) == (18, 0, 2)
     assert alpha.notes == ["20 lines of prompt and completion",
-                           "no test.jsonl: 2 of 20 training lines held out",
-                           "no valid.jsonl: 2 of 18 training lines held out"]
+                           "no test.jsonl: 2 of 20 training lines held out"]
     assert (len(v1.train), len(v1.test), len(v2.train), len(v2.test)) == (1, 1, 3, 1)
     named = load_tasks(tmp_path, ["beta", "alpha"])
     assert named == [alpha, beta]
@@ -430,6 +430,9 @@ def test_what_lines_hold_is_said(tmp_path: Path) -> None:
 def test_held_out_lines_depend_on_seed_and_task_alone(tmp_path: Path) -> None:
     put(tmp_path, a=lines(*numbered(40)), b=lines(*numbered(40)))
     first, again, other = (load_tasks(tmp_path, seed=s) for s in (1, 1, 2))
+    for seed, tasks in (1, first), (1, again), (2, other):
+        for task in tasks:                               # as it is done for long answers
+            hold_out_validation(task, seed)
     assert first == again
     for task in (*first, *other):
         train, test = prompts(task.train), prompts(task.test)
@@ -440,14 +443,17 @@ def test_held_out_lines_depend_on_seed_and_task_alone(tmp_path: Path) -> None:
     assert len(splits) == 4, "seeds and tasks share a split"
     # A task's split does not depend on which others are loaded beside it.
     (b,), wanted = load_tasks(tmp_path, ["b"], seed=1), first[1]
+    hold_out_validation(b, 1)
     assert (b.train, b.valid, b.test) == (wanted.train, wanted.valid, wanted.test)
 
 
 @pytest.mark.parametrize(("count", "test", "valid"), [
-    (1, 0, 0), (2, 1, 0), (5, 1, 0), (9, 1, 1), (30, 3, 3), (1000, 100, 64)])
+    (1, 0, 0), (2, 1, 0), (5, 1, 0), (9, 1, 1), (30, 3, 3), (1000, 100, 64), (20_000, 1000, 64)])
 def test_a_small_task_keeps_something_to_train_on(tmp_path: Path, count: int, test: int,
                                                   valid: int) -> None:
     task, = load_tasks(put(tmp_path, a=lines(*numbered(count))))
+    assert (len(task.train), len(task.test), len(task.valid)) == (count - test, test, 0)
+    hold_out_validation(task, 0)
     assert (len(task.train), len(task.test), len(task.valid)) == (count - test - valid, test, valid)
 
 
