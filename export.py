@@ -22,6 +22,7 @@ from minismoe.cli import inputs as cli
 from minismoe.cli import runs, script, trimming
 from minismoe.cli.export_flags import NO_RUN, parse
 from minismoe.cli.flags import InputConfig
+from minismoe.data.tasks import are_short
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export.calibration import unlabelled
 from minismoe.export.settings import ExportConfig, Source
@@ -32,7 +33,6 @@ from minismoe.io.text import clean
 from minismoe.model.checkpoint import load_adapter
 from minismoe.runtime.providers import find_device
 from minismoe.training.evaluate import questions
-from minismoe.training.judge import has_short_answers
 
 CHECKED = 8              # test lines of a task whose answers are long
 STORED = "weights as stored"
@@ -108,7 +108,7 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
     context = inputs.model.config.max_position_embeddings
     for task in inputs.tasks:
         asked = questions(inputs.tokenizer, task, context)
-        if not config.limit_test and not has_short_answers(asked):
+        if not config.limit_test and not are_short([*map(len, asked.answers)]):
             task.test = task.test[:CHECKED]
     return Source(run, inputs.folder, name, inputs.model, inputs.tokenizer,
                   inputs.tasks, inputs.encoded, inputs.valid, saved.system)

@@ -21,6 +21,7 @@ import torch
 
 from minismoe.cli import flags, probing, runs, script
 from minismoe.cli.inputs import Inputs, load_inputs, print_examples, resolve_auto
+from minismoe.data.tasks import Example, are_short
 from minismoe.io.files import write_json
 from minismoe.io.flags import from_flags, new_parser, option
 from minismoe.io.progress import progress_bar
@@ -29,15 +30,17 @@ from minismoe.method.allocate import Allocation
 from minismoe.method.experts import add_experts
 from minismoe.method.sensitivity import Scores
 from minismoe.model.checkpoint import load_adapter, save_adapter
-from minismoe.model.decoder import meta_model
+from minismoe.model.decoder import CausalLM, meta_model
 from minismoe.training import distributed
 from minismoe.training.copies import multiplying_copies
 from minismoe.training.distributed import print0, rank0_only
 from minismoe.training.evaluate import evaluating
-from minismoe.training.judge import SHOWN, Judgement, has_short_answers, judge
+from minismoe.training.judge import SHOWN, Judgement, judge
 from minismoe.training.loop import TrainConfig, train
-from minismoe.training.rate import default_lr
-from minismoe.training.verdict import advice, guessing_loss, rate_to_try
+from minismoe.training.schedule import default_epochs, default_lr
+from minismoe.training.verdict import advice, read_metrics
+
+BASE_ANSWERS = 100       # of a task, by which the base is judged: most bases answer none right
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,6 +72,9 @@ def main(argv: Sequence[str]) -> None:
     if config.training.lr is None:
         config = replace(config, training=replace(config.training, lr=default_lr(inputs.model)))
         print0(f"learning rate: {config.training.lr}, by the size of the base's weights")
+    if config.training.epochs is None:
+        epochs = default_epochs([*chain(*inputs.encoded.values())])
+        config = replace(config, training=replace(config.training, epochs=epochs))
 
     # From here on the folder is a run, which --resume continues.
     with runs.run_folder(config) as run:
@@ -131,7 +137,7 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
                     config.resume, valid, bool(config.init))
     seconds["train"] = round(summary["seconds"], 2)
     if summary["step"]:
-        rank0_only(runs.draw_losses, run, config.training.keep)
+        rank0_only(runs.draw_losses, run, summary["kept"])
     names = [task.name for task in inputs.tasks]
     rank0_only(save_adapter, inputs.model, run / "adapter", allocation, names)
 
@@ -144,9 +150,18 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
         if summary["step"]:
             print(f"{summary['step']} steps, "
                   f"{summary['tokens'] / summary['seconds']:.0f} tokens/s")
-        if words := advice(run / "metrics.jsonl", guessing_loss(examples, valid),
-                           rate_to_try(config.training.lr, default_lr(inputs.model))):
-            print(words)
+            if words := what_next(run, config.training, inputs.model, examples, summary["kept"]):
+                print(words)
+
+
+def what_next(run: Path, cfg: TrainConfig, model: CausalLM, examples: Sequence[Example],
+              kept: float) -> str:
+    """What to try next; "" if nothing is likely to help. kept: the step whose experts are kept."""
+    if not kept:
+        return "no step did better on validation lines than the experts of --init, which are kept"
+    losses, _ = read_metrics(run / "metrics.jsonl")
+    lr, epochs = default_lr(model), default_epochs(examples)
+    return advice(losses, examples, (cfg.lr or lr, lr), (cfg.epochs or epochs, epochs))
 
 
 def parse(argv: Sequence[str]) -> flags.RunConfig:
@@ -195,7 +210,9 @@ def score(inputs: Inputs, when: str, config: flags.RunConfig) -> dict[str, Judge
         for i, (name, asked) in enumerate(inputs.asked.items()):
             exact = config.inputs.limit_test != 0 and (
                 config.exact_match == "on" or config.exact_match == "auto"
-                and has_short_answers(asked))
+                and are_short([*map(len, asked.answers)]))
+            if when == "before" and not config.init:     # a base that answers right needs no run
+                asked = asked.first(BASE_ANSWERS)
             shown = len(range(i, SHOWN, len(inputs.asked)))          # of SHOWN among all tasks
             judgements[name] = judge(inputs.model, inputs.tokenizer, asked, inputs.test[name],
                                      exact, shown, fitting, bar.update)

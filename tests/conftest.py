@@ -91,7 +91,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """--model and --data of a random byte-level checkpoint and two small tasks."""
     root = tmp_path_factory.mktemp("inputs")
     save_bytes_model(root / "model", max_position_embeddings=48)
-    for name, low, high in (("train", 0, 24), ("test", 24, 30)):
+    for name, low, high in (("train", 0, 22), ("valid", 22, 24), ("test", 24, 30)):
         write_lines(root / "data" / "upper" / f"{name}.jsonl",
                     ((f"say {i}", f"N{i}") for i in range(low, high)))
     (root / "data" / "sum.jsonl").write_text("".join(

@@ -13,7 +13,15 @@ import torch
 from ..data import toy
 from ..data.files import WORDS
 from ..data.lines import with_system
-from ..data.tasks import Example, Task, encode, encode_all, load_tasks
+from ..data.tasks import (
+    Example,
+    Task,
+    are_short,
+    encode,
+    encode_all,
+    hold_out_validation,
+    load_tasks,
+)
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..io.hub import resolve
 from ..io.text import clean, in_colour, table
@@ -98,10 +106,15 @@ def load_inputs(config: InputConfig, quiet: bool = False) -> Inputs:
     tokenizer = load_tokenizer(folder)
     context = read_config(folder)[0].max_position_embeddings
     length = min(config.max_length, context)
+    train = {t.name: encode_all(t, tokenizer, length) for t in tasks}
+    for task in tasks:                       # what is short counts tokens, so it is known only now
+        if not task.has_valid and not are_short([e.supervised for e in train[task.name]]):
+            hold_out_validation(task, config.seed)
+            train[task.name] = encode_all(task, tokenizer, length)
     asked = {split: {t.name: leave_out_long(t, split, tokenizer, context) for t in tasks}
              for split in ("valid", "test")}
-    train, valid, test = ({t.name: encode_all(t, tokenizer, length, split) for t in tasks}
-                          for split in WORDS)
+    valid, test = ({t.name: encode_all(t, tokenizer, length, split) for t in tasks}
+                   for split in ("valid", "test"))
     if empty := [name for name, examples in train.items() if not examples]:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
                          f"{length} tokens (--max-length, or what the model was made for)")

@@ -286,10 +286,9 @@ def shortened(text: str) -> str:
     return line if len(line) <= 100 else line[:99] + "…"
 
 
-def draw_losses(run: Path, keep: str) -> None:
-    """Write loss.svg, the picture of metrics.jsonl. keep: --keep."""
+def draw_losses(run: Path, kept: int) -> None:
+    """Write loss.svg, the picture of metrics.jsonl, with a mark at the step `kept`."""
     losses, valid = read_metrics(run / "metrics.jsonl")
-    kept = min(valid, key=valid.__getitem__) if valid and keep == "best" else len(losses)
     with files.replacing(run / "loss.svg") as tmp:
         tmp.write_text(loss_svg(dict(enumerate(losses, 1)), valid, kept), encoding="utf-8")
 

@@ -94,7 +94,7 @@ def logprobs(inputs: Inputs) -> dict[str, float]:
     found = {}
     for name, examples in inputs.test.items():
         if examples:
-            loss, _ = token_scores(inputs.model, examples, inputs.tokenizer.pad_id)
+            loss, *_ = token_scores(inputs.model, examples, inputs.tokenizer.pad_id)
             found[name] = -loss * sum(e.supervised for e in examples) / len(examples)
     return found
 

@@ -95,3 +95,11 @@ def print_error(e: BaseException, debug: bool = False, where: str = "") -> None:
             stream.flush()
         except OSError:      # send the rest to nowhere, or Python complains about it as it exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def duration(seconds: float) -> str:
+    """A time in words, in the unit that suits it."""
+    for unit, size in ("h", 3600), ("min", 60):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{int(seconds < 10 * size)}f} {unit}"
+    return f"{seconds:.0f} s"

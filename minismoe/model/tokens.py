@@ -64,12 +64,16 @@ class Tokens:
     past: Tensor             # (B,) tokens of the cache
     new: Tensor              # (B,) tokens beside them
     read: Tensor | None = None           # (S,) rows whose hidden states are needed; None: all
+    places: tuple[Tensor, Tensor]        # (S,) sequence and column of each of these, on the CPU
 
     def __init__(self, input_ids: Tensor, attention_mask: Tensor, config: Config,
-                 device: torch.device, needed: Tensor | None = None, cache: Cache | None = None):
+                 device: torch.device, needed: Tensor | None = None, cache: Cache | None = None,
+                 read: Tensor | None = None):
         """Of right- or left-padded input_ids and attention_mask (B, T), which follow what `cache`
-        holds. needed (B, T) marks the tokens that are read; before the first of them, neighbouring
-        sequences share what they begin with alike. Tensors on the CPU spare a wait."""
+        holds. needed (B, T) marks tokens that are read; before the first of them, neighbouring
+        sequences share what they begin with alike. read (B, T) marks all that are read, by default
+        `needed`, and keeps apart what is followed by another token. Tensors on the CPU spare a
+        wait."""
         ids, mask = input_ids.cpu(), attention_mask.to("cpu", torch.bool, copy=True)
         self.shape, self.cache, T = mask.shape, cache, mask.shape[1]
         past = torch.tensor(cache.lengths if cache else [0] * len(mask))
@@ -78,6 +82,8 @@ class Tokens:
         repeats, shared = torch.ones_like(order), list[tuple[int, int, int, int]]()
         if needed is not None and not past.any():
             shared = shared_prefixes(ids, mask & ~needed.cpu())
+        if read is not None:
+            shared = [(first, end, start, stop - 1) for first, end, start, stop in shared]
         for first, end, start, stop in shared:
             mask[first + 1:end, start:stop] = False
             repeats[first, start:stop] = end - first
@@ -92,7 +98,8 @@ class Tokens:
             sources[first + 1:end, start:stop] = sources[first, start:stop]
         packed |= {"sources": sources.flatten(), "new": torch.tensor(self.ends) - past}
         if needed is not None:
-            packed["read"] = needed.cpu()[rows, columns].nonzero()[:, 0]
+            packed["read"] = (needed if read is None else read).cpu()[rows, columns].nonzero()[:, 0]
+            self.places = rows[packed["read"]], columns[packed["read"]]
         vars(self).update(to_device_together(packed, device))
         self.shared = bool(shared)           # whether any prefix is packed once
         # Of each window of the model, what attention may see; None if just causal.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.files import WORDS
@@ -105,36 +106,51 @@ def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], limits: S
 
 
 def supervised(model: CausalLM, examples: Sequence[Example], pad_id: int, recompute: bool = False,
-               ) -> tuple[Tensor, Tensor, Tensor, Tokens]:
-    """Run a model, without its head, on some examples of S supervised tokens in all. A prefix that
-    neighbouring examples share is computed once. Nothing waits for the device.
+               prompts: bool = False) -> tuple[Tensor, Tensor, Tensor, Tokens]:
+    """Run a model, without its head, on some examples of S supervised tokens in all; with
+    `prompts`, S counts the other tokens, too. A prefix that neighbouring examples share is computed
+    once. Nothing waits for the device.
 
     Returns hidden states (S, D) of the tokens before these, their targets (S,), the number of each
-    one's example (S,), and all tokens of the examples, packed.
+    one's example (S,), where len(examples) stands for tokens that are not supervised, and all
+    tokens of the examples, packed.
     """
     ids, mask, labels = collate(examples, pad_id)
-    (needed, rows, targets), device = supervised_tokens(mask, labels), model.lm_head.weight.device
-    there = to_device_together({"targets": targets, "rows": rows}, device)
-    tokens = Tokens(ids, mask, model.config, device, needed)
-    return model.model.rows(tokens, recompute), there["targets"], there["rows"], tokens
+    needed, device = supervised_tokens(mask, labels)[0], model.lm_head.weight.device
+    followed = mask.bool() & F.pad(mask[:, 1:].bool(), (0, 1))
+    tokens = Tokens(ids, mask, model.config, device, needed, read=followed if prompts else needed)
+    rows, columns = tokens.places
+    there = to_device_together({
+        "targets": ids[rows, columns + 1],
+        "numbers": rows.where(needed[rows, columns], len(examples))}, device)
+    return model.model.rows(tokens, recompute), there["targets"], there["numbers"], tokens
+
+
+class TokenScores(NamedTuple):
+    """How well a model predicts the supervised tokens of examples, given the right ones before."""
+
+    loss: float              # the mean cross-entropy, in nats
+    accuracy: float          # the share of tokens that the model finds likeliest
+    lines: int               # examples of whose tokens it finds each one likeliest: greedy
+    #                          generation would write just these answers
 
 
 @torch.no_grad()
 def token_scores(model: CausalLM, examples: Sequence[Example], pad_id: int, batch_size: int = 32,
-                 ) -> tuple[float, float]:
-    """Mean cross-entropy of the supervised tokens, in nats, and the share of them that the model
-    finds likeliest, both given the right tokens before them."""
-    def sums(batch: Sequence[int]) -> tuple[float, int, int]:
+                 ) -> TokenScores:
+    """The scores of some examples, by one forward pass."""
+    def sums(batch: Sequence[int]) -> tuple[float, int, int, int]:
         # Sorted rows put shared prefixes side by side.
         lines = sorted((examples[n] for n in batch), key=lambda e: e.ids)
-        hidden, targets, _, _ = supervised(model, lines, pad_id)
+        hidden, targets, numbers, _ = supervised(model, lines, pad_id)
         losses, right = head_scores(hidden, model.lm_head.weight, targets)
-        return losses.sum().item(), int(right.sum()), len(targets)
+        wrong = len({*numbers[~right].tolist()})
+        return losses.sum().item(), int(right.sum()), len(targets), len(lines) - wrong
 
     batches = alike([len(e.ids) for e in examples], batch_size)
     with uncompiled(), multiplying_copies(model):
-        losses, rights, counts = zip(*map_over_ranks(sums, batches))
-    return sum(losses) / sum(counts), sum(rights) / sum(counts)
+        losses, rights, counts, lines = map(sum, zip(*map_over_ranks(sums, batches)))
+    return TokenScores(losses / counts, rights / counts, lines)
 
 
 @dataclass
@@ -166,6 +182,10 @@ class Questions(NamedTuple):
     lines: list[list[Message]]
     prompts: list[list[int]]         # tokens before the last answer
     answers: list[list[int]]         # tokens of that answer, without stop ids
+
+    def first(self, count: int) -> "Questions":
+        """The first `count` of them."""
+        return Questions(self.lines[:count], self.prompts[:count], self.answers[:count])
 
     @property
     def limits(self) -> list[int]:

@@ -13,14 +13,7 @@ from .evaluate import Fitting, Questions, evaluate, generate, token_scores
 # lines) and "token_accuracy", None without a test line; "samples", each of prompt, expected and
 # given; and, if answers were generated, what `Accuracy` has.
 Judgement = dict[str, Any]
-SHORT, MOST = 32, 0.9    # tokens: longer answers are hardly ever the same to the last word; a share
 SHOWN, LONGEST_SHOWN = 5, 64         # prompts whose answers are shown, and tokens of such an answer
-
-
-def has_short_answers(asked: Questions) -> bool:
-    """Whether MOST of the right answers have at most SHORT tokens. The others cost the most time,
-    as each token of an answer takes a step: so a few may be longer, but not half of them."""
-    return sum(len(a) <= SHORT for a in asked.answers) >= MOST * len(asked.answers)
 
 
 def judge(model: CausalLM, tokenizer: Tokenizer, asked: Questions, examples: Sequence[Example],
@@ -38,7 +31,7 @@ def judge(model: CausalLM, tokenizer: Tokenizer, asked: Questions, examples: Seq
                             "given": tokenizer.decode(given).strip()})
     if examples:
         loss, right = (round(figure, 5) for figure in fitting(partial(
-            token_scores, model, examples, tokenizer.pad_id)))
+            token_scores, model, examples, tokenizer.pad_id))[:2])
     accuracy = {}
     if exact:
         accuracy = vars(fitting(lambda size: evaluate(model, tokenizer, asked, size, progress)))

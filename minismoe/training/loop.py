@@ -10,28 +10,31 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data.tasks import Example, bucket
+from ..data.tasks import Example, are_short, bucket
 from ..io import flags
 from ..io.flags import flag
 from ..io.progress import print_above_bar, progress_bar
 from ..io.signals import Interrupted, waiting
+from ..io.text import duration
 from ..method.experts import balance_loss, expert_parameters, take_logits
 from ..method.loss import head_losses
 from ..model.decoder import CausalLM
 from ..model.tokens import to_device_together
-from . import compiled, distributed, verdict
+from . import compiled, distributed
 from .copies import Copies
 from .distributed import rank0_only
 from .evaluate import Fitting, evaluating, supervised, token_scores
-from .rate import default_lr, learning_rate
 from .resume import TrainingState, first_state, save_checkpoint
+from .schedule import default_epochs, default_lr, learning_rate
 
-MEASURES = 10                 # of the loss of validation lines in a run
+MEASURES = 10                 # of validation lines in a run
+ENOUGH = 50                   # validation lines with short answers that can tell steps apart
 REMEDY = "try a lower --lr, or --dtype float32"
 
 
@@ -39,7 +42,8 @@ REMEDY = "try a lower --lr, or --dtype float32"
 class TrainConfig:
     """How experts are trained; with data, model and allocation it determines the result."""
 
-    epochs: int = flag(3, "passes over the training lines (default: %(default)s)", flags.natural)
+    epochs: int | None = flag(None, "passes over the training lines (default: it follows their "
+                              "number, and is printed)", flags.natural, metavar="N")
     batch_size: int = flag(
         8, "examples per optimizer step (default: %(default)s)", flags.positive, metavar="N")
     micro_batch_size: int | None = flag(
@@ -55,15 +59,18 @@ class TrainConfig:
                             "(default: it follows the size of the base's weights)", flags.number)
     checkpoint_every: int = flag(
         200, "optimizer steps (default: %(default)s)", flags.positive, metavar="N")
-    keep: str = flag("best", "the experts of the step with the least loss of validation lines "
-                     "(default), or of the last step", choices=("best", "last"))
+    keep: str = flag(
+        "best", "the experts of the step that does best on validation lines (default): with the "
+        f"most right answers to {ENOUGH} lines or more, of long answers with the least loss, else "
+        "the last step; or always of the last step", choices=("best", "last"))
     patience: int | None = flag(
-        None, "end after N measures of the loss of validation lines without a better one "
-        "(default: never)", flags.positive, metavar="N")
+        None, "end after N measures of validation lines without a better one (default: never)",
+        flags.positive, metavar="N")
     seed: int = 0
     # Without a flag:
     max_grad_norm: float = 1.0           # gradients are clipped to this norm
     router_aux_loss_coef: float = 0.01   # weight of the balance loss
+    prompt_loss_weight: float = 0.2      # of a prompt's token beside one of an answer
 
     @property
     def micro(self) -> int:
@@ -73,20 +80,25 @@ class TrainConfig:
 
 def schedule(examples: Sequence[Example], cfg: TrainConfig) -> list[list[Example]]:
     """The batches of all epochs; a resumed run computes the same ones."""
-    return [batch for epoch in range(cfg.epochs)
+    epochs = default_epochs(examples) if cfg.epochs is None else cfg.epochs
+    return [batch for epoch in range(epochs)
             for batch in bucket(examples, cfg.batch_size, cfg.seed * 1000 + epoch)]
 
 
 class Trainer:
     """The experts of a model, which are trained in place, and their optimizer.
 
-    fitting, evaluating: how many examples are computed at once. best: the experts with the
-    least loss of validation examples, by name. Raises ValueError for a model without a parameter to
-    train.
+    valid: validation examples. fitting, evaluating: how many examples are computed at once. best:
+    the experts that do best on `valid`, by name. Raises ValueError for a model without a parameter
+    to train.
     """
 
-    def __init__(self, model: CausalLM, cfg: TrainConfig, pad_id: int, same_shapes: bool = False):
-        self.model, self.cfg, self.pad_id = model, cfg, pad_id
+    def __init__(self, model: CausalLM, cfg: TrainConfig, pad_id: int, same_shapes: bool = False,
+                 valid: Sequence[Example] = ()):
+        self.model, self.cfg, self.pad_id, self.valid = model, cfg, pad_id, valid
+        # Of short answers, the loss rises by overconfidence while more of them become right.
+        self.by_answers = are_short([e.supervised for e in valid])
+        self.chooses = cfg.keep == "best" and (len(valid) >= ENOUGH or not self.by_answers)
         self.fitting, self.evaluating = Fitting(cfg.micro, "training"), evaluating(cfg.micro)
         self.copies, self.device = Copies(model, same_shapes), model.lm_head.weight.device
         self.parameters = {n: p for n, p in expert_parameters(model).items() if p.requires_grad}
@@ -102,11 +114,14 @@ class Trainer:
     def gradients(self, batch: Sequence[Example], micro: int) -> Tensor:
         """The gradients of one optimizer step, added up in micro-batches of `micro` examples.
 
-        Returns the sum of losses of each task, in order of name, and then the balance loss. Nothing
-        waits for the device. The loss is the mean over the step's supervised tokens, whatever the
-        micro-batches. The balance loss is a statistic of each micro-batch, weighted by its tokens.
-        Several processes share each micro-batch: each has the gradients, and the losses, of its
-        part.
+        Returns the sum of losses of each task, in order of name, and then the loss of prompts and
+        the balance loss. Nothing waits for the device. The loss is the mean over the step's
+        supervised tokens, whatever the micro-batches. The other two are statistics of each
+        micro-batch, weighted by its tokens. Several processes share each micro-batch: each has the
+        gradients, and the losses, of its part.
+
+        With few lines, the loss of prompts keeps the model from knowing its lines by heart alone
+        (Shi et al. 2024, arXiv 2405.14394).
         """
         self.optimizer.zero_grad()
         take_logits(self.copies.layers)      # they hold the graph of a batch that did not fit
@@ -119,19 +134,21 @@ class Trainer:
             counts = float(bool(mine))
             # Sorted rows put shared prefixes side by side.
             mine = sorted(mine or part[:1], key=lambda e: e.ids)
-            task = torch.tensor([tasks.index(e.task) for e in mine])
+            task = torch.tensor([*(tasks.index(e.task) for e in mine), len(tasks)])      # prompts
             task = to_device_together({"": task}, self.device)[""]
             with self.copies.multiplying():
                 hidden, targets, numbers, tokens = supervised(
-                    self.model, mine, self.pad_id, self.cfg.recompute)
+                    self.model, mine, self.pad_id, self.cfg.recompute,
+                    prompts=self.cfg.prompt_loss_weight > 0)
                 losses = head_losses(hidden, self.model.lm_head.weight, targets)
+                by_task = losses.new_zeros(len(tasks) + 1).index_add(
+                    0, task[numbers], losses * tokens.repeats[tokens.read])
                 balance = balance_loss(take_logits(self.copies.layers), tokens.repeats,
                                        partial(distributed.all_sum, times=counts))
                 balance = balance * (sum(len(e.ids) for e in part) / sum(len(e.ids) for e in batch))
-                loss = losses.sum() / answers + self.cfg.router_aux_loss_coef * balance
-                (counts * loss).backward()
-            by_task = losses.new_zeros(len(tasks)).index_add(0, task[numbers], losses.detach())
-            sums.append(counts * torch.cat([by_task, balance.detach()[None]]))
+                loss = (by_task[:-1].sum() + self.cfg.prompt_loss_weight * by_task[-1]) / answers
+                (counts * (loss + self.cfg.router_aux_loss_coef * balance)).backward()
+            sums.append(counts * torch.cat([by_task.detach(), balance.detach()[None]]))
         return torch.stack(sums).sum(0)
 
     def step(self, number: int, batch: Sequence[Example], lr: float) -> dict[str, Any]:
@@ -142,12 +159,13 @@ class Trainer:
         distributed.exchange([p.grad for p in self.parameters.values() if p.grad is not None])
         clipped = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.cfg.max_grad_norm)
         # The one wait for the device: all figures are read at once.
-        *by_task, balance, norm = torch.cat([distributed.all_sum(sums), clipped[None]]).tolist()
+        *by_task, prompts, balance, norm = torch.cat(
+            [distributed.all_sum(sums), clipped[None]]).tolist()
         answers = Counter[str]()
         for e in batch:
             answers[e.task] += e.supervised
         loss, tokens = sum(by_task) / answers.total(), sum(len(e.ids) for e in batch)
-        if not math.isfinite(loss + norm):
+        if not math.isfinite(loss + prompts + norm):
             lines = ", ".join(f"{e.task} {e.index + 1}" for e in batch)
             raise ArithmeticError(
                 f"the loss is {loss} and the norm of its gradient {norm} at step {number + 1}, on "
@@ -155,23 +173,26 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         return {"step": number + 1, "loss": round(loss, 5), "balance": round(balance, 5),
+                "prompt_loss": round(prompts / max(1, tokens - len(batch) - answers.total()), 5),
                 "tokens": tokens, "loss_by_task": {
                     task: round(total / answers[task], 5)
                     for task, total in zip(sorted(answers), by_task)},
                 "grad_norm": round(norm, 5), "lr": lr,
                 "tokens_per_second": round(tokens / (time.perf_counter() - start), 1)}
 
-    def validate(self, examples: Sequence[Example], state: TrainingState) -> float:
-        """Mean loss of validation examples. `state` notes the least, and how often it was not
-        reached since; `best` holds its experts."""
-        loss = round(self.evaluating(partial(
-            token_scores, self.model, examples, self.pad_id))[0], 5)
+    def validate(self, step: int, state: TrainingState) -> dict[str, float]:
+        """The mean loss of validation examples after so many steps, and how many have a right
+        answer. `state` notes the best step, the later one of equals, and how many measures were
+        worse since; `best` holds its experts."""
+        loss, _, right = self.evaluating(partial(
+            token_scores, self.model, self.valid, self.pad_id))
+        merit = right if self.by_answers else -loss
         state["since_best"] += 1
-        if loss < state["best_loss"]:
-            state |= {"best_loss": loss, "since_best": 0}
-            if self.cfg.keep == "best":
+        if merit >= state["best"]:
+            state |= {"best": merit, "best_step": step, "since_best": 0}
+            if self.chooses:
                 self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
-        return loss
+        return {"valid_loss": round(loss, 5), "valid_right": right}
 
     def gives_up(self, state: TrainingState) -> bool:
         """Whether as many measures as --patience says have passed without a better one."""
@@ -184,16 +205,16 @@ class Trainer:
                     f"{name}/best": tensor for name, tensor in self.best.items()}
 
     def begin(self, run: Path, batches: Sequence[Sequence[Example]], resume: bool,
-              valid: Sequence[Example]) -> TrainingState:
+              continued: bool) -> TrainingState:
         """The state to begin with, whose tensors are taken over; see `first_state`. metrics.jsonl
-        ends with its step; at step 0 it holds the loss of `valid`, if there is any."""
+        ends with its step; of experts that are `continued`, it has measures at step 0."""
         state, tensors = first_state(run, batches, self.parameters, resume)
         metrics, line = run / "metrics.jsonl", ""
         if state["step"]:
             rank0_only(os.truncate, metrics, state["metrics"])
         else:
-            if valid and batches:
-                line = json.dumps({"step": 0, "valid_loss": self.validate(valid, state)}) + "\n"
+            if continued and self.valid and batches:
+                line = json.dumps({"step": 0, **self.validate(0, state)}) + "\n"
             rank0_only(metrics.write_text, line, "utf-8", None, "\n")
         for full in [*tensors]:              # it is emptied: the file may not stay mapped
             name, _, key = full.rpartition("/")
@@ -207,6 +228,15 @@ class Trainer:
                 self.optimizer.state[parameter][key] = tensor
         return state
 
+    def seconds_of(self, batches: Sequence[Sequence[Example]]) -> float:
+        """About how long these steps take, by the time of the gradients of a usual one."""
+        if not batches:
+            return 0
+        sizes = [sum(len(e.ids) for e in batch) for batch in batches]
+        usual, begun = batches[sizes.index(median_low(sizes))], time.perf_counter()
+        self.fitting(partial(self.gradients, usual)).tolist()            # waits for the device
+        return (time.perf_counter() - begun) * sum(sizes) / median_low(sizes)
+
     def finish(self) -> None:
         """Put the best experts in place, if they are kept, and drop gradients."""
         self.optimizer.zero_grad()
@@ -217,18 +247,23 @@ class Trainer:
 def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: Path, pad_id: int,
           resume: bool = False, valid: Sequence[Example] = (), continued: bool = False,
           ) -> dict[str, float]:
-    """Train the experts of `model` in place; returns steps, tokens, seconds and the last loss.
+    """Train the experts of `model` in place; returns steps, tokens, seconds, the last loss and the
+    step that is kept.
 
     Writes run/checkpoints and run/metrics.jsonl. Experts that were trained before (continued) are
     measured first, as they may be the best. Raises Interrupted after a signal, once the step is
     saved; ValueError for another run's checkpoint; ArithmeticError for a loss not finite."""
     batches = schedule(examples, cfg)
     compiling = compiled.wanted(model, cfg.compile, len(batches))
-    trainer = Trainer(model, cfg, pad_id, same_shapes=compiling)
+    trainer = Trainer(model, cfg, pad_id, compiling, valid)
     peak = default_lr(model) if cfg.lr is None else cfg.lr
-    state = trainer.begin(run, batches, resume, valid if continued else ())
+    state = trainer.begin(run, batches, resume, continued)
     steps, first = len(batches), state["step"]
     every = math.ceil(steps / MEASURES)
+    seconds = trainer.seconds_of(batches[first:])
+    rank0_only(print, f"training: {steps} steps of {cfg.batch_size} lines, "
+               f"{steps * cfg.batch_size // max(1, len(examples))} passes over all: about "
+               f"{duration(seconds)}")
     compilation = compiled.compiled_layers(model, lambda: trainer.fitting(partial(
         trainer.gradients, batches[0]))) if compiling else nullcontext()
     with (compilation, (run / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as metrics,
@@ -243,12 +278,12 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             lr, done = learning_rate(step, steps, peak), step + 1
             line = trainer.step(step, batches[step], lr)
             if valid and (done % every == 0 or done == steps):
-                line["valid_loss"] = trainer.validate(valid, state)
+                line |= trainer.validate(done, state)
                 note = f", validation {line['valid_loss']:.3f}"
+                if trainer.by_answers:
+                    note += f", {line['valid_right']} of {len(valid)} right"
             rank0_only(metrics.write, json.dumps(line) + "\n")
             metrics.flush()
-            if done == steps // 2:
-                rank0_only(verdict.warn, run, examples, peak, default_lr(model), continued)
             state |= {"step": done, "tokens": state["tokens"] + line["tokens"],
                       "seconds": time.perf_counter() - begun, "loss": line["loss"],
                       "metrics": os.fstat(metrics.fileno()).st_size}
@@ -263,7 +298,8 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
         if signal := _signal_to_any(signals):        # one may come after the last step, too
             raise Interrupted(f"saved after step {state['step']} of {steps}", signal)
     trainer.finish()
-    return {k: state[k] for k in ("step", "tokens", "seconds", "loss")}
+    return {**{k: state[k] for k in ("step", "tokens", "seconds", "loss")},
+            "kept": state["best_step"] if trainer.best else state["step"]}
 
 
 def _signal_to_any(signals: Sequence[int]) -> int:

@@ -32,8 +32,9 @@ class TrainingState(TypedDict):
     seconds: float           # that they took
     loss: float              # of the last one; nan before
     metrics: int             # bytes of metrics.jsonl
-    best_loss: float         # the least of validation lines
-    since_best: int          # measures of that loss since
+    best: float              # right answers to validation lines, or minus their loss, at ...
+    best_step: int           # ... the best step
+    since_best: int          # measures since
     order: str               # hash of the batches
     layout: str              # hash of the names and shapes of what is trained
 
@@ -95,7 +96,7 @@ def first_state(run: Path, batches: Sequence[Sequence[Example]], parameters: Map
     order = sha256_of_json([[(e.task, e.index) for e in batch] for batch in batches])
     layout = sha256_of_json([[name, *p.shape] for name, p in parameters.items()])
     fresh = TrainingState(step=0, tokens=0, seconds=0.0, loss=math.nan, metrics=0,
-                          best_loss=math.inf, since_best=0, order=order, layout=layout)
+                          best=-math.inf, best_step=0, since_best=0, order=order, layout=layout)
     run.mkdir(parents=True, exist_ok=True)
     if not resume:
         for old in checkpoints(run):

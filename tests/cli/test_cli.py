@@ -43,7 +43,7 @@ def test_probe_writes_its_three_files(inputs, tmp_path, succeed) -> None:
     assert "split-half overlap (by chance: 0.60)" in out and "experts a matrix" in out
     assert "chat template: the checkpoint brings none, so a turn is" in out
     assert ("sum: 30 lines of instruction and output; no test.jsonl: 3 of 30 training lines held "
-            "out; no valid.jsonl: 3 of 27 training lines held out\n") in out
+            "out\n") in out
 
 
 def test_train_end_to_end(inputs, tmp_path, succeed, fails) -> None:
@@ -67,11 +67,11 @@ def test_train_end_to_end(inputs, tmp_path, succeed, fails) -> None:
     assert [line.split() for line in out.splitlines()[1:5]] == [row.split() for row in (
         "task   train  valid  test  tokens  longest  supervised  cut  left out",
         "-----  -----  -----  ----  ------  -------  ----------  ---  --------",
-        "sum       24      3     3      30       31         3.7    0         0",
+        "sum       27      0     3      30       31         3.7    0         0",
         "upper     22      2     6      29       30         4.5    0         0")]
     assert 'a turn is "User: ...", and an answer "Assistant: ...<|end|>" (--show 1' in out
     assert 1e-4 < rate < 1e-2 and config["arguments"]["dtype"] != "auto"
-    assert len((out_dir / "metrics.jsonl").read_text().splitlines()) == 6        # 46 examples / 8
+    assert len((out_dir / "metrics.jsonl").read_text().splitlines()) == 7        # 49 examples / 8
     after = read_json(out_dir / "after.json")
     for name, task in results["tasks"].items():
         assert task["after"] == round(sum(after[name]["right"]) / task["examples"], 4)

@@ -4,12 +4,11 @@ import pytest
 import torch
 from tiny import save_bytes_model
 
-from minismoe.data.tasks import Example
+from minismoe.data.tasks import Example, are_short
 from minismoe.method.loss import IGNORE
 from minismoe.model.checkpoint import load_model
 from minismoe.training import evaluate
-from minismoe.training.evaluate import Questions, alike, token_scores
-from minismoe.training.judge import has_short_answers
+from minismoe.training.evaluate import alike, token_scores
 
 
 @pytest.mark.parametrize("head_rows", [2, 512])
@@ -28,9 +27,10 @@ def test_token_scores_are_those_of_a_plain_loop(tmp_path, monkeypatch, head_rows
         for i in range(length - 3, length):
             losses.append(-logits[i - 1].log_softmax(-1)[ids[i]].item())
             rights.append(logits[i - 1].argmax().item() == ids[i])
-    loss, right = token_scores(model, examples, 0, batch_size=3)
+    loss, right, lines = token_scores(model, examples, 0, batch_size=3)
     assert loss == pytest.approx(sum(losses) / 12, abs=1e-5)
     assert right == sum(rights) / 12 >= 4 / 12
+    assert lines == sum(all(rights[i:i + 3]) for i in range(0, 12, 3))
 
 
 def test_batches_hold_texts_of_similar_length(monkeypatch, tmp_path) -> None:
@@ -50,5 +50,4 @@ def test_batches_hold_texts_of_similar_length(monkeypatch, tmp_path) -> None:
 @pytest.mark.parametrize("lengths, short", [
     ([5, 5, 60], False), ([5] * 99 + [60], True), ([5] * 9 + [60], True), ([5] * 8 + [60], False)])
 def test_answers_are_short_if_nine_of_ten_are(lengths: list[int], short: bool) -> None:
-    asked = Questions([], [], [[0] * n for n in lengths])
-    assert has_short_answers(asked) == short
+    assert are_short(lengths) == short

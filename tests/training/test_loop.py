@@ -24,7 +24,7 @@ from minismoe.training import compiled
 from minismoe.training import evaluate as evaluating
 from minismoe.training.evaluate import token_scores
 from minismoe.training.loop import Interrupted, TrainConfig, Trainer, train
-from minismoe.training.rate import LR, default_lr, learning_rate
+from minismoe.training.schedule import LR, default_lr, learning_rate
 
 
 def step_of(model: CausalLM, batch: list[Example], cfg: TrainConfig,
@@ -139,12 +139,12 @@ def test_ctrl_c_saves_and_resume_gives_the_same_bits(tmp_path, monkeypatch) -> N
     straight = tiny(dtype=dtype)
     train(straight, examples(), cfg, tmp_path / "straight", pad_id=0)
 
-    calls = interrupt_in(monkeypatch, "gradients", 7)
+    calls = interrupt_in(monkeypatch, "gradients", 8)    # the first one tells how long a step takes
     with pytest.raises(Interrupted, match="step 7 of 18"):
         train(tiny(dtype=dtype), examples(), cfg, tmp_path / "cut", pad_id=0)
     resumed = tiny(dtype=dtype)
     train(resumed, examples(), cfg, tmp_path / "cut", pad_id=0, resume=True)
-    assert len(calls) == 18                              # it did not begin anew
+    assert len(calls) == 2 + 18                          # it did not begin anew
     for (name, a), (_, b) in zip(straight.named_parameters(), resumed.named_parameters()):
         assert torch.equal(a, b), name
     losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").open()]
@@ -169,8 +169,10 @@ def measured(run: Path) -> dict[int, float]:
 
 def overfitting(run: Path, resume: bool = False, continued: bool = False, **settings: Any,
                 ) -> tuple[CausalLM, float]:
-    """A model that is trained on lines that contradict the validation lines, and its loss there."""
-    model, valid = tiny(), examples(6)
+    """A model that is trained on lines that contradict the validation lines, and its loss there.
+    Their answers are long, so that the loss decides."""
+    model, valid = tiny(), [replace(e, ids=e.ids * 9, labels=e.labels + e.ids * 8)
+                            for e in examples(6)]
     lines = [replace(e, ids=[49 - i for i in e.ids], labels=[
         i if i == IGNORE else 49 - i for i in e.labels]) for e in examples(8)]
     cfg = TrainConfig(**{"epochs": 8, "batch_size": 4, "lr": 0.03} | settings)
@@ -205,6 +207,28 @@ def test_experts_that_were_better_before_are_kept(tmp_path, monkeypatch) -> None
         assert loss == pytest.approx(measured(tmp_path)[0], abs=1e-5)
         for (name, a), b in zip(before.named_parameters(), after.parameters()):
             assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("count, chooses", [(50, True), (49, False)])
+def test_right_answers_choose_the_step_if_there_are_enough(count: int, chooses: bool) -> None:
+    """The later one of equals. The validation lines are what the model answers at first."""
+    model, valid = tiny(), list[Example]()
+    for i in range(count):
+        with torch.no_grad():
+            answer = int(model(torch.tensor([[i, 7]]))[0, -1].argmax())
+        valid.append(Example("t", [i, 7, answer], [IGNORE, IGNORE, answer]))
+    trainer = Trainer(model, TrainConfig(), 0, valid=valid)
+    state: Any = {"best": -math.inf, "best_step": 0, "since_best": 0}
+    first = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    right = []
+    for step, shift in enumerate((0.5, 0.0, 0.5, 0.0, 1.0), 1):
+        for name, p in trainer.parameters.items():
+            p.data.copy_(first[name] + shift * torch.randn(p.shape).to(p))
+        right.append(trainer.validate(step, state)["valid_right"])
+    assert right[1] == right[3] == count and max(right[0], right[2], right[4]) < count
+    assert (state["best"], state["best_step"], state["since_best"]) == (count, 4, 1)
+    assert bool(trainer.best) == chooses
+    assert all(torch.equal(trainer.best[name], first[name]) for name in trainer.best)
 
 
 @pytest.mark.parametrize("settings", [{}, {"patience": 2}])
@@ -269,7 +293,8 @@ def test_a_batch_that_overflows_is_halved_for_good_and_counted_once(tmp_path, mo
     for name, p in trainer.parameters.items():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-9, atol=1e-12)
     trainer.step(1, batch, lr=1e-3)
-    trainer.validate(batch, {"best_loss": 0, "since_best": 0})
+    trainer.valid = batch
+    trainer.validate(1, {"best": 0, "since_best": 0})
     assert calls[15:] == 12 * [1] + [10, 2]              # of similar length
 
 

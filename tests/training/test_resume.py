@@ -164,11 +164,11 @@ def test_every_ending_signal_lets_the_step_end_and_saves_it(inputs, tmp_path, ca
                                                             monkeypatch, signals) -> None:
     run = tmp_path / "a run"
     for saved, number in zip((2, 4, 6), ENDING):
-        interrupt_in(monkeypatch, "gradients", 2, number)
+        interrupt_in(monkeypatch, "gradients", 3, number)     # the first one is timed
         args = ["--resume"] if run.exists() else [*inputs, *QUICK]
         code, _, err = finish(train.main, *args, "--out", run, capsys=capsys)
         assert code == 128 + number
-        assert err.splitlines()[-1] == (f"interrupted: saved after step {saved} of 6; go on with: "
+        assert err.splitlines()[-1] == (f"interrupted: saved after step {saved} of 7; go on with: "
                                         f"python train.py --resume --out '{run}'")
         assert resume.newest(run)[1]["step"] == saved
 

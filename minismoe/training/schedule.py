@@ -1,14 +1,30 @@
-"""The learning rate: its peak, from the size of the base's weights, and its course."""
+"""How many passes a run takes over its lines, and its learning rate: the peak, from the size of the
+base's weights, and its course."""
 
 import math
+from collections.abc import Sequence
 from statistics import median
 
 from torch import nn
 
+from ..data.tasks import Example, are_short
 from ..method.experts import expert_layers
 
+PASSES, LEAST_PASSES = 120, 3                # see `default_epochs`
 LR = 0.4                      # see `default_lr`
 WARMUP, LEAST = 0.05, 10      # share of the steps, and steps: see `learning_rate`
+
+
+def default_epochs(examples: Sequence[Example]) -> int:
+    """How many passes a run takes over its training lines: PASSES / sqrt(lines), and LEAST_PASSES
+    at least: 12 over 100 lines, 6 over 400, 3 from 1,200 on.
+
+    few.py in tests/benchmarks measured PASSES. Free text, whose loss rises again after few passes,
+    gets LEAST_PASSES.
+    """
+    if not are_short([e.supervised for e in examples]):
+        return LEAST_PASSES
+    return max(LEAST_PASSES, round(PASSES / math.sqrt(len(examples))))
 
 
 def default_lr(model: nn.Module) -> float:
@@ -18,7 +34,8 @@ def default_lr(model: nn.Module) -> float:
     AdamW moves each entry of A and B by the rate, whatever W is, and W x is |W| / sqrt(out) times
     as large as x. The experts' output grows as the rate while only B has moved, and later, when A
     has moved along with x, as rate^2 * alpha * in. To stay in proportion to W x, the rate follows
-    |W| at first, and sqrt(w / alpha) later. rates.py in tests/benchmarks measured LR and the power.
+    |W| at first, and sqrt(w / alpha) later. tests/benchmarks/README.md says how LR and the power
+    were found.
     """
     layers = expert_layers(model).values()
     w = median(layer.dense().float().norm().item() / math.sqrt(layer.out_features)
@@ -32,7 +49,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
     The warm-up has at least LEAST steps, or half of all. The first steps of AdamW move each entry
     by the rate, however noisy its gradient is, and a run of few steps has no time to mend what they
-    break: rates.py in tests/benchmarks saw runs of 26 steps end at guessing.
+    break: runs of 26 steps were seen to end at guessing.
     """
     warm = max(1, min(LEAST, steps // 2), round(WARMUP * steps))
     if step < warm:
