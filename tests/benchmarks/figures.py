@@ -5,7 +5,7 @@
 method.svg    probe, vote, experts, merge: the toy's sensitivity.json (toy.json) and its vote
 rules.svg     what each allocation rule reaches against plain LoRA (smollm2.json, floor.json)
 bits.svg      the bits of each matrix (bits.json: `bits` of export.json, two exports with --size)
-rates.svg     the loss at other learning rates than the default's (rates.jsonl)
+lines.svg     exact match by lines of training, beside peers (few.jsonl)
 shipped.svg   exact match, size and speed of exports with fewer bits and tokens (shipped.jsonl)
 orders.svg    what fewer tokens cost, by the order in which they are kept (vocabulary.jsonl)
 decoding.svg  size and speed of exports beside those of other tools (decoding.jsonl)
@@ -15,15 +15,15 @@ holds no script and no font: GitHub shows an SVG as an image. layer.svg shows no
 """
 
 import json
+import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from rates import TIMES, complete
+from few import means
 
 from minismoe.io.files import read_json, replacing
 from minismoe.method.allocate import allocate
@@ -37,6 +37,8 @@ RULES = {"lora": "a plain LoRA", "uniform": "as many everywhere", "random": "at 
          "votes-floor": "votes, at least one", "votes": "votes (the paper)"}
 SHOWN = {"MB": "megabytes", "rate": "tokens/s"}
 ORDERS = {"expected": "by expectation", "id": "by id", "random": "at random"}
+CURVES = {"SmolLM2-135M": (BLUE, 3.0), "Gemma 3 270M": (ORANGE, 3.0),
+          "MiniLM embeddings": (GREY, 1.4), "TF-IDF": ("#9aa4ae", 1.4)}
 COSTS = {"more": "more tokens, in 10,000", "lost": "log-probability lost, in thousandths"}
 Parts = list[str]
 
@@ -214,50 +216,40 @@ def bits(exports: Mapping[str, Mapping[str, Any]]) -> str:
     return card(bottom + 18, "Bits of each matrix, by layer", parts)
 
 
-def rates(cells: Mapping[tuple[str, str], Sequence[Sequence[Mapping[str, Any]]]]) -> str:
-    """Over the rate in units of the default: how much more loss unseen lines have than at the
-    default, in each cell and, as a thick line, in the mean of a base's cells of few or many lines.
-    """
-    top, height, parts = 76.0, 190.0, Parts()
-    for left, base in ((60.0, "SmolLM2-135M"), (335.0, "Gemma 3 270M"),
-                       (610.0, "Qwen2.5-Coder-0.5B")):
-        parts += [text(left, 30, base, size=15, bold=True),
-                  *losses(left, top, height, *(
-                      cells.get((base, group), ()) for group in ("fewer", "1,200 or more")))]
-    parts.append(text(60, 50, "loss of unseen lines, minus that at the default", color=GREY))
-    bottom = top + height + 44
-    for x, color, words in ((60.0, BLUE, "100 to 800 lines in all"),
-                            (250.0, ORANGE, "1,200 lines or more")):
-        parts += [line(f"M{x} {bottom - 4}h14", color, 3), text(x + 20, bottom, words, size=12)]
-    parts.append(text(WIDTH - 40, bottom, "rate, in units of the default", anchor="end", size=12,
-                      color=GREY))
-    return card(bottom + 18, "Loss at other rates than the default", parts)
+def lines_needed(means: Mapping[tuple[str, str, int, str], Mapping[str, Any]]) -> str:
+    """Exact match over the number of training lines, a panel for each task: of trained models, of
+    the exports (dots), and of the peers."""
+    top, height, width, parts = 62.0, 210.0, 225.0, Parts()
+    low, high = 0.3, 1.0
+    for left, task in ((52.0, "trec"), (325.0, "clinc"), (598.0, "banking77")):
+        parts.append(text(left, 30, task, size=15, bold=True))
+        for share in (0.4, 0.6, 0.8, 1.0):
+            y = top + height * (high - share) / (high - low)
+            parts += [line(f"M{left} {y:.1f}h{width}", LINE, 1),
+                      text(left - 7, y + 4, f"{100 * share:.0f}", anchor="end", size=12,
+                           color=GREY)]
 
+        def at(lines: int, share: float, left: float = left) -> str:
+            x = left + width * math.log(lines / 50) / math.log(20)
+            return f"{x:.1f} {top + height * (high - max(share, low)) / (high - low):.1f}"
 
-def losses(left: float, top: float, height: float, *groups: Sequence[Sequence[Mapping[str, Any]]],
-           ) -> Parts:
-    """A pale line for each cell of few and of many lines, then a thick one for the mean of each."""
-    width, least, most, middle = 215.0, -0.2, 0.4, len(TIMES) // 2
-
-    def path(values: Iterable[float]) -> str:
-        return "M" + "L".join(
-            f"{left + width * i / (len(TIMES) - 1):.1f} "
-            f"{top + height * (most - max(least, min(value, most))) / (most - least):.1f}"
-            for i, value in enumerate(values))
-
-    parts = [text(left + width * i / (len(TIMES) - 1), top + height + 18, f"{times:g}",
-                  anchor="middle", size=12, color=GREY) for i, times in enumerate(TIMES)]
-    for more in (-0.2, 0.0, 0.2, 0.4):
-        y = top + height * (most - more) / (most - least)
-        parts += [line(f"M{left} {y:.1f}h{width}", LINE if more else GREY, 1),
-                  text(left - 7, y + 4, f"{more:g}", anchor="end", size=12, color=GREY)]
-    means = Parts()
-    for cells, pale, color in zip(groups, (LIGHT_BLUE, LIGHT_ORANGE), (BLUE, ORANGE)):
-        above = [[run["loss"] - runs[middle]["loss"] for run in runs] for runs in cells]
-        parts += [line(path(values), pale, 1) for values in above]
-        if above:
-            means.append(line(path(map(fmean, zip(*above))), color, 3))
-    return parts + means
+        parts += [text(float(at(lines, 1).split()[0]), top + height + 18, str(lines),
+                       anchor="middle", size=12, color=GREY) for lines in (50, 100, 200, 400, 1000)]
+        for base, (color, wide) in CURVES.items():
+            found = sorted((lines, mean) for (name, tasks, lines, flags), mean in means.items()
+                           if (name, tasks, flags) == (base, task, ""))
+            if found:
+                path = "L".join(at(lines, mean["exact"]) for lines, mean in found)
+                parts.append(line("M" + path, color, wide))
+            parts += [dot(*map(float, at(lines, mean["shipped"]).split()), 3.5, "#fff", color)
+                      for lines, mean in found if "shipped" in mean]
+    y = top + height + 44
+    for x, (base, (color, wide)) in zip((52.0, 225.0, 385.0, 625.0), CURVES.items()):
+        parts += [line(f"M{x} {y - 4}h14", color, wide), text(x + 20, y, base + (
+            "" if wide > 2 else " + logistic regression"), size=12)]
+    parts.append(text(52, y + 20, "exact match in % on test lines, over lines of training, mean of "
+                      "the draws; circles: the export in 4 bits", size=12, color=GREY))
+    return card(y + 36, "Exact match by lines of training", parts)
 
 
 def bars(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str],
@@ -322,7 +314,7 @@ PICTURES: dict[str, Callable[[], str]] = {
         "SmolLM2-135M, five tasks, three seeds": record("smollm2"),
         "SmolLM2-135M, three tasks, three other seeds": record("floor")}),
     "bits": lambda: bits(record("bits")),
-    "rates": lambda: rates(complete()),
+    "lines": lambda: lines_needed(means()),
     "shipped": lambda: bars("Exact match, size and speed of exports", [*map(shipped, lines(
         "shipped"))], SHOWN, "exact match"),
     "orders": lambda: bars("What fewer tokens cost", orders(lines("vocabulary")), COSTS),

@@ -4,7 +4,6 @@ import argparse
 import json
 import re
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,8 @@ from exported import export, random_model
 from tiny import save_bytes_model, write_lines
 
 import train
-from minismoe.data.tasks import Task, encode_all, load_tasks
-from minismoe.data.tokenizer import load_tokenizer
 from minismoe.io.files import read_json
-from minismoe.method.experts import add_experts, linear_layers
 from minismoe.model.checkpoint import load_model
-from minismoe.training.evaluate import evaluate, questions, token_scores
-from minismoe.training.rate import default_lr
 
 if sys.platform != "linux":
     pytest.skip("they read peak memory as Linux tells it", allow_module_level=True)
@@ -27,11 +21,11 @@ import bits
 import decode_speed
 import export_loss
 import family_speed
+import few
 import growth
 import merging
 import probe_speed
 import providers
-import rates
 import train_speed
 
 
@@ -73,7 +67,7 @@ def test_probe_speed_times_three_sides(inputs, capsys) -> None:
 
 
 def test_merging_has_a_row_for_the_mixture_and_for_its_fits(inputs, tmp_path, capsys) -> None:
-    train.main([*inputs, "--samples", "2", "--epochs", "3", "--lr", "0.05", "--rank", "2", "--out",
+    train.main([*inputs, "--samples", "2", "--epochs", "9", "--lr", "0.05", "--rank", "2", "--out",
                 str(tmp_path / "run")])
     capsys.readouterr()
     merging.main([str(tmp_path / "run")])
@@ -81,7 +75,7 @@ def test_merging_has_a_row_for_the_mixture_and_for_its_fits(inputs, tmp_path, ca
     assert head.split() == ["exact", "match", "sum", "upper", "mean", "missed"]
     assert [re.split("  +", row)[0] for row in rows] == [
         "mixture", "merged", "merged for each task"]
-    assert all(0 < float(row.split()[-2]) < 100 for row in rows[1:])
+    assert all(0 < float(row.split()[-2]) < 100 for row in rows[1:]), rows
 
 
 def test_providers_are_measured_beside_the_cpu(tmp_path, monkeypatch, capsys) -> None:
@@ -101,7 +95,7 @@ def odd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tmp_path = tmp_path_factory.mktemp("odd")
     model = save_bytes_model(tmp_path / "model", hidden_size=128, intermediate_size=128,
                              num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-    for name, first, count in (("train", 0, 40), ("test", 40, 6)):
+    for name, first, count in (("train", 0, 36), ("valid", 36, 4), ("test", 40, 6)):
         write_lines(tmp_path / "data" / "odd" / f"{name}.jsonl", (
             (f"odd {i}", ("no", "yes")[i % 2]) for i in range(first, first + count)))
     train.main(["--model", str(model), "--data", str(tmp_path / "data"), "--samples", "2",
@@ -141,79 +135,33 @@ def test_calibration_is_the_mean_gap_of_bins() -> None:
         (0.9 + 0.5 + 0.45) / 4)
 
 
-def test_rates_measures_a_cell_once(inputs, tmp_path, monkeypatch, capsys) -> None:
-    """Loss and exact match are those of the loop's and of the evaluation's own functions."""
-    monkeypatch.setattr(rates, "RECORD", tmp_path / "rates.jsonl")
-    monkeypatch.setattr(sys, "argv", ["rates.py", *inputs, "--name", "tiny", "--times", "0.5,1,2",
-                                      "--cell", "tasks=upper,sum lines=8 rank=2 dtype=float32"])
-    rates.main()
-    first = (tmp_path / "rates.jsonl").read_text()
-    assert len(lines := list(map(json.loads, first.splitlines()))) == 3
-    assert lines[2]["rate"] == 2 * lines[1]["rate"] == 2 * lines[1]["default"]
-    rates.main()                                     # nothing is missing
-    assert (tmp_path / "rates.jsonl").read_text() == first
+def test_few_lines_are_trained_and_shipped_once(odd_run, tmp_path, monkeypatch, capsys) -> None:
+    """By the commands of a user; the record's figures are those of the run."""
+    monkeypatch.setattr(few, "RECORD", tmp_path / "few.jsonl")
+    monkeypatch.setattr(sys, "argv", [
+        "few.py", "--model", str(odd_run.parent / "model"), "--data", str(odd_run.parent / "data"),
+        "--tasks", "odd", "--lines", "8", "--draws", "3", "--ship", "--keep", str(tmp_path), "--",
+        "--rank 2 --epochs 2"])
+    few.main()
+    (line,) = map(json.loads, (first := few.RECORD.read_text()).splitlines())
+    (run,) = tmp_path.glob("base_odd_8_3*/run")
+    results = read_json(run / "results.json")
+    assert line["exact"] == {name: task["after"] for name, task in results["tasks"].items()}
+    assert line["steps"] == 2 and line["shipped"].keys() == {"odd"}
+    assert len((run.parent / "data" / "odd" / "train.jsonl").read_text().splitlines()) == 8
+    few.main()                                       # nothing is missing
+    assert few.RECORD.read_text() == first
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["rates.py", "--table"])
-    rates.main()
-    half, same, twice = (f"{line['loss']:.3f}, {100 * line['exact']:.0f}" for line in lines)
-    assert (f"rank 2, float32 | {lines[0]['default']:.1e} | {half} |  | {same} |  | {twice} |"
-            in capsys.readouterr().out)
+    monkeypatch.setattr(sys, "argv", ["few.py", "--table"])
+    few.main()
+    assert "| base | odd | 8 | --rank 2 --epochs 2 | 1 | 2 |" in capsys.readouterr().out
 
 
-def test_means_of_rates_are_of_cells_with_all_rates(tmp_path, monkeypatch) -> None:
-    """The first cell's rates lie up to 15 % beside the five; the second cell lacks one; the third's
-    task is learnt at no rate; the last has another warm-up, and no row of its own in the table."""
-    monkeypatch.setattr(rates, "RECORD", tmp_path / "rates.jsonl")
-    lines = [asdict(cell) | {"default": 1e-3, "rate": times * 1e-3, "loss": times, "exact": 0.25}
-             for cell, of in ((rates.Cell("a"), (0.57, 0.76, 1, 1.52, 2.13)),
-                              (rates.Cell("b"), (0.5, 0.7, 1, 2)),
-                              (rates.Cell("c", "boolq"), (0.5, 0.7, 1, 1.4, 2)),
-                              (rates.Cell("d", warmup="0.05"), (0.5, 0.7, 1, 1.4, 2)))
-             for times in of]
-    rates.RECORD.write_text("\n".join(map(json.dumps, lines)))
-    row, other = rates.means().splitlines()[2:]
-    assert row.startswith(
-        "| a | fewer | 1 | 0.570, 25 | 0.760, 25 | 1.000, 25 | 1.520, 25 | 2.130, 25 | 0 % |")
-    assert other.startswith("| d | fewer, warm-up of 0.05 | 1 | 0.500, 25 |")
-    assert [line[2] for line in rates.markdown().splitlines()[2:]] == ["a", "b", "c"]
-
-
-def test_noise_of_rates_is_that_between_seeds(tmp_path, monkeypatch) -> None:
-    """Two seeds have 1 and 1.2 at the default's rate, three 1, 2 and 3 at half of it; twice the
-    rate does not count. Without noise the default is always the best; with much, in one of five."""
-    monkeypatch.setattr(rates, "RECORD", tmp_path / "rates.jsonl")
-    lines = [asdict(rates.Cell("a", seed=seed)) | {
-        "default": 1e-3, "rate": times * 1e-3, "loss": loss, "exact": 0}
-        for times, losses in ((1, (1, 1.2)), (0.5, (1, 2, 3)), (2, (1, 9)), (1.4, (5,)))
-        for seed, loss in enumerate(losses)]
-    rates.RECORD.write_text("\n".join(map(json.dumps, lines)))
-    assert rates.apart("a", "fewer") == pytest.approx(((0.02 + 2) / 3) ** 0.5)
-    assert rates.apart("b", "fewer") is None
-    assert rates.by_chance(1e-4) == 1
-    assert rates.by_chance(1e4) == pytest.approx(1 / 5, abs=0.005)
-
-
-def test_rates_measure_as_training_and_evaluation_do(inputs) -> None:
-    model, tokenizer = load_model(inputs[1], torch.float32), load_tokenizer(inputs[1])
-    (task,) = load_tasks(inputs[3], ["upper"])
-    unseen = encode_all(Task("upper", task.test, []), tokenizer, 512)
-    loss, exact = rates.measure(model, unseen, tokenizer.pad_id)
-    assert loss == pytest.approx(token_scores(model, unseen, tokenizer.pad_id)[0], rel=1e-5)
-    asked = questions(tokenizer, task, 512)
-    assert exact == evaluate(model, tokenizer, asked).share == 0
-
-
-def test_a_rescaled_base_is_the_same_function_with_another_rate(inputs) -> None:
-    found = []
-    for factor in (1.0, 4.0):
-        model = load_model(inputs[1], torch.float32)
-        rates.rescale(model, factor)
-        logits = model(torch.arange(40).view(2, 20))
-        add_experts(model, dict.fromkeys(linear_layers(model), 1))
-        found.append((logits, default_lr(model)))
-    (logits, rate), (same, higher) = found
-    torch.testing.assert_close(same, logits, rtol=1e-4, atol=1e-5)
-    assert higher == pytest.approx(4 ** 0.75 * rate, rel=0.05)
+def test_draws_of_few_lines_hold_no_line_twice(odd_run) -> None:
+    folder = odd_run.parent / "data"
+    first, second = (few.drawn(folder, "odd", 6, draw)[0] for draw in (0, 1))
+    assert len({json.dumps(line) for line in first}) == 6 and first != second
+    assert few.drawn(folder, "odd", 3, 0)[0] == first[:3]
 
 
 def test_growth_makes_a_checkpoint_of_a_shape_and_measures_commands(inputs, tmp_path) -> None:
