@@ -23,6 +23,24 @@ settings.register_profile("minismoe", max_examples=50, deadline=None, database=N
                           derandomize=True)
 settings.load_profile("minismoe")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bfloat16", action="store_true", help="--dtype auto takes what it takes on "
+                     "a device that multiplies bfloat16 (default: on one that does not)")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def multiplies_bfloat16(request: pytest.FixtureRequest) -> Iterator[Callable[..., bool]]:
+    """Dtypes do not follow the machine, but --bfloat16; the function that asks the machine."""
+    from minismoe.cli import inputs
+
+    asks = inputs._multiplies_bfloat16
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "_multiplies_bfloat16",
+                      lambda device: request.config.getoption("bfloat16"))
+        yield asks
+
+
 @pytest.fixture
 def signals() -> Iterator[None]:
     """SIGINT and SIGHUP as at a terminal; a job in the background, or nohup, has them ignored."""

@@ -67,6 +67,8 @@ def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32,
     model = meta_model(cfg)
     tensors = _fitting(folder, config, model)
     model.name, model.fingerprint = str(path), fingerprint(cfg, tensors)
+    model.stored_dtype = ", ".join(sorted({
+        str(DTYPES[t.content.get_dtype()])[6:] for t in tensors.values()}))
     model.merged, model.base_bits = str(config.get(MERGED, "")), base_bits
     _fill(model, tensors, dtype, device)
     if cfg.tie_word_embeddings:
@@ -215,6 +217,7 @@ def save_adapter(model: nn.Module, folder: str | Path, allocation: Allocation,
         "format": ADAPTER_FORMAT, "sha256": sha256(file),
         "base_model": getattr(model, "name", getattr(model, "name_or_path", None)),
         "fingerprint": getattr(model, "fingerprint", None),
+        "stored_dtype": getattr(model, "stored_dtype", None),
         "base_bits": getattr(model, "base_bits", None), "tasks": list(tasks),
         "allocation": allocation.to_json(), "versions": versions()})
 
@@ -264,10 +267,13 @@ def _check_base(model: nn.Module, meta: Mapping[str, Any]) -> None:
         raise ValueError(f"{model.name} has adapters merged into it, which can't be taken out "
                          f"again: load this adapter onto {model.merged}")
     if ours and its and its != ours:
+        before, now = meta.get("stored_dtype"), getattr(model, "stored_dtype", "")
+        same = "another version of minismoe made the adapter: train again"
+        if before and before != now:
+            same = f"load it as it was stored then, in {clean(before)}: here it is in {now}"
         raise ValueError(f"the adapter was trained on another base: {clean(its)} "
                          f"({clean(meta.get('base_model'))}), and this one is {ours} "
-                         f"({getattr(model, 'name', '?')}); if it is the same one, another "
-                         "version of minismoe made the adapter: train again")
+                         f"({getattr(model, 'name', '?')}); if it is the same one, {same}")
 
 
 def versions() -> dict[str, str]:

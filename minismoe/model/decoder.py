@@ -148,6 +148,7 @@ class CausalLM(nn.Module):
 
     name = ""              # the path or hub name that it was loaded from
     fingerprint = ""       # a hash that tells this base from others
+    stored_dtype = ""      # of its weights in the checkpoint, such as bfloat16
     merged = ""            # if adapters are merged into it: the name of the base without them
     base_bits: int | None = None       # 8 or 4, if its linear layers are quantised
 

@@ -17,6 +17,7 @@ from tiny import QUICK, ROOT, edit_tensors, finish, python
 import export
 import probe
 import train
+from minismoe.cli import inputs as cli_inputs
 from minismoe.cli import probing, runs
 from minismoe.cli.flags import InputConfig
 from minismoe.cli.inputs import load_base, load_inputs, resolve_auto
@@ -88,8 +89,10 @@ def test_train_end_to_end(inputs, tmp_path, succeed, fails) -> None:
 
 
 @pytest.mark.parametrize("units", [(), ("amx_tile",), ("avx512_bf16",), ("vnni",)])
-def test_a_cpu_computes_in_what_it_multiplies(inputs, monkeypatch, capsys, units) -> None:
+def test_a_cpu_computes_in_what_it_multiplies(inputs, monkeypatch, capsys, multiplies_bfloat16,
+                                              units) -> None:
     """And where it is told to compute in bfloat16 all the same, it says what that costs."""
+    monkeypatch.setattr(cli_inputs, "_multiplies_bfloat16", multiplies_bfloat16)
     for unit in ("amx_tile", "avx512_bf16", "vnni"):
         monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda u=unit: u in units,
                             raising=False)
@@ -99,6 +102,15 @@ def test_a_cpu_computes_in_what_it_multiplies(inputs, monkeypatch, capsys, units
     assert resolve_auto(InputConfig(device="cpu")).dtype == "float32"        # of the toy
     load_base(replace(config, dtype="bfloat16"), Path(inputs[1]))
     assert ("--dtype bfloat16: this CPU has no instr" in capsys.readouterr().out) != multiplies
+
+
+def test_torch_says_what_this_cpu_multiplies(multiplies_bfloat16) -> None:
+    """By names that are private to torch: without them, every CPU would compute in float32."""
+    for name in "_is_amx_tile_supported", "_is_avx512_bf16_supported":
+        assert isinstance(getattr(torch.cpu, name)(), bool)
+    if (file := Path("/proc/cpuinfo")).exists():         # of Linux
+        units = {"avx512_bf16", "amx_tile"} & {*file.read_text().split()}
+        assert multiplies_bfloat16(torch.device("cpu")) == bool(units)
 
 
 def test_the_seed_draws_the_experts(inputs) -> None:

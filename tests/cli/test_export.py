@@ -74,6 +74,18 @@ def copied(run: Path, folder: Path, **arguments: object) -> Path:
     return folder
 
 
+def in_bfloat16(run: Path, folder: Path) -> Path:
+    """A copy of a run whose base is stored in bfloat16."""
+    base = Path(shutil.copytree(run.parent / "model", folder / "model"))
+    edit_tensors(base / "model.safetensors", lambda tensors: tensors.update(
+        {name: tensor.bfloat16() for name, tensor in tensors.items()}))
+    other = copied(run, folder / "run", model=str(base))
+    settings = read_json(other / "adapter" / "adapter.json")
+    write_json(other / "adapter" / "adapter.json", settings | {
+        "fingerprint": load_model(base).fingerprint})
+    return other
+
+
 def frozen_of(run: Path, folder: Path, *flags: str) -> dict[str, Fit]:
     """The linear maps of a run's mixtures, as layout peft holds them."""
     ship(folder, run, "--layout peft", *flags)
@@ -595,14 +607,11 @@ def test_a_browser_gets_one_graph_for_wasm_and_one_for_webgpu(
 def test_what_differs_from_pytorch_is_not_kept(run: Path, tmp_path: Path, flags: str, bits: int,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding explains little, also of weights that are merged in 16 bits."""
+    run = in_bfloat16(run, tmp_path) if bits == 16 else run
     config = parse([str(run), *flags.split()], "")
     source, write_graph, write_weights = export.load_run(config), layouts.write_graph, \
         layouts.write_weights
-    if bits == 16:
-        source = replace(source, base=shutil.copytree(source.base, tmp_path / "base"))
-        edit_tensors(source.base / "model.safetensors", lambda tensors: tensors.update(
-            {name: tensor.bfloat16() for name, tensor in tensors.items()}))
-        export_model(config, source, tmp_path / "whole")
+    export_model(config, source, tmp_path / "whole")
 
     def wrong_graph(part: tree.Part, folder: Path) -> dict[str, Any]:
         part.tree.model.norm.weight.data *= 1.5
@@ -685,14 +694,7 @@ def test_experts_are_compared_as_the_graph_stores_them(run: Path, tmp_path: Path
 def test_weights_may_differ_as_far_as_they_are_rounded(run: Path, tmp_path: Path, layout: str,
                                                        tolerance: float, monkeypatch) -> None:
     """Merged weights are stored in the dtype of the base's, and a LoRA in float32."""
-    def rounded(tensors: dict[str, torch.Tensor]) -> None:
-        tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
-
-    shutil.copytree(run.parent / "model", tmp_path / "model")
-    edit_tensors(tmp_path / "model/model.safetensors", rounded)
-    other = copied(run, tmp_path / "run", model=str(tmp_path / "model"))
-    write_json(other / "adapter/adapter.json", read_json(other / "adapter/adapter.json") | {
-        "fingerprint": load_model(tmp_path / "model").fingerprint})
+    other = in_bfloat16(run, tmp_path)
     check, allowed = compare.compare_logits, []
     monkeypatch.setattr(compare, "compare_logits", lambda wanted, given, *args: allowed.extend(
         args[:1]) or check(wanted, given, *args))

@@ -373,6 +373,18 @@ def test_an_adapter_of_another_base_is_refused(checkpoint: Checkpoint, folder: P
     assert not expert_layers(other)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_stored_in_another_dtype_is_refused_by_the_dtypes_names(
+        folder: Path, adapter: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """The weights are rounded otherwise, though it is the same base to its owner."""
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    edit_tensors(other / "model.safetensors", lambda tensors: tensors.update(
+        {name: tensor.to(dtype) for name, tensor in tensors.items()}))
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=f"stored then, in float32: here it is in {name}$"):
+        load_adapter(load_model(other, torch.float32), adapter)
+
+
 def test_an_adapter_whose_tensors_do_not_fit_is_refused(folder: Path, adapter: Path) -> None:
     file = adapter / "adapter.safetensors"
     tensors = load_file(file)
