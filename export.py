@@ -25,10 +25,11 @@ from minismoe.cli.flags import InputConfig
 from minismoe.data.tasks import are_short
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export.calibration import unlabelled
+from minismoe.export.scores import accuracy_in_torch
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.tree import widened
 from minismoe.export.write import export_model
-from minismoe.io.files import naming
+from minismoe.io.files import blaming, must_be_new, naming
 from minismoe.io.text import clean
 from minismoe.model.checkpoint import load_adapter
 from minismoe.runtime.providers import find_device
@@ -41,6 +42,8 @@ STORED = "weights as stored"
 def main(argv: Sequence[str]) -> None:
     # Configure and load
     config = parse(argv, __doc__ or "")
+    if config.out:
+        must_be_new(Path(config.out))        # raises before the work if it cannot be made
     if config.run:
         print(f"exports {clean(config.run)}")
     if config.graph:
@@ -57,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
 
     # Say how to open it
     size = sum(entry["bytes"] for entry in info["files"].values())
-    command = next_command(config.layout, out, next(iter(info.get("adapters", ())), None))
+    command = next_command(config.layout, out, next(iter(info.get("adapters", {}).items()), None))
     if config.provider and config.layout == "onnx":
         command += f" --provider {config.provider[0]}"
     print(clean(f"{out}: {size / 1e6:.1f} MB\n{command}", "\n"))
@@ -71,10 +74,12 @@ def scratch_folder(config: ExportConfig) -> Iterator[Path]:
     if not config.vocab:
         yield Path()
         return
-    beside = Path(config.out).absolute().parent if config.out else Path(config.run or "runs")
-    beside.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".vocab-", suffix=".tmp", dir=beside) as folder:
-        yield Path(folder)
+    out = Path(config.out or Path(config.run or "runs") / "export").absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with blaming(out):
+        folder = TemporaryDirectory(prefix=".vocab-", suffix=".tmp", dir=out.parent)
+    with folder as name:
+        yield Path(name)
 
 
 def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
@@ -89,20 +94,20 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
         raise FileNotFoundError(f"{run} has not finished; go on with: {resume}")
     # A base that was trained in a few bits is exported from its own weights: base_bits stays None.
     limit = config.limit_test or (CHECKED if saved.limit_test == 0 else saved.limit_test)
+    dtype = saved.dtype if config.dtype == "auto" else config.dtype
     settings = stored_on_cpus(cli.resolve_auto(replace(
-        saved, device=config.device, dtype=config.dtype, limit_test=limit)), config)
+        saved, device=config.device, dtype=dtype, limit_test=limit)), config)
     with naming(f"{run / 'config.json'} ({resume} --model FOLDER --data FOLDER says where they are "
                 "now)", FileNotFoundError):
         inputs = cli.load_inputs(settings)
     if limit == saved.limit_test and (other := runs.other_tasks(run, inputs)):
         print(f"not what the run was trained on: {other}", file=sys.stderr)
     load_adapter(inputs.model, run / "adapter")
-    name = inputs.model.name
+    whole = inputs
     if config.vocab:
-        before = trimming.logprobs(inputs)
-        inputs = trimming.trimmed(inputs, settings, config.vocab, scratch / "base")
+        inputs = trimming.trimmed(whole, settings, config.vocab, scratch / "base")
         load_adapter(inputs.model, run / "adapter")
-        trimming.print_logprobs(before, trimming.logprobs(inputs))
+        trimming.print_logprobs(trimming.logprobs(whole), trimming.logprobs(inputs))
     if settings.dtype == STORED:
         widened(inputs.model)
     context = inputs.model.config.max_position_embeddings
@@ -110,8 +115,11 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
         asked = questions(inputs.tokenizer, task, context)
         if not config.limit_test and not are_short([*map(len, asked.answers)]):
             task.test = task.test[:CHECKED]
-    return Source(run, inputs.folder, name, inputs.model, inputs.tokenizer,
-                  inputs.tasks, inputs.encoded, inputs.valid, saved.system)
+    return Source(
+        run, inputs.folder, whole.model.name, inputs.model, inputs.tokenizer, inputs.tasks,
+        inputs.encoded, inputs.valid, saved.system,
+        {task.name: accuracy_in_torch(whole.model, whole.tokenizer, task)
+         for task in inputs.tasks} if config.vocab else {})
 
 
 def stored_on_cpus(settings: InputConfig, config: ExportConfig) -> InputConfig:
@@ -127,7 +135,8 @@ def load_base(config: ExportConfig, scratch: Path = Path()) -> Source:
     if not config.model:
         print(f"{NO_RUN}: the built-in toy, untrained")
     settings = stored_on_cpus(cli.resolve_auto(InputConfig(
-        model=config.model, device=config.device, dtype=config.dtype)), config)
+        model=config.model, device=config.device,
+        dtype="float32" if config.dtype == "auto" else config.dtype)), config)
     base = cli.model_folder(settings)
     model, tokenizer = cli.load_base(settings, base), load_tokenizer(base)
     if settings.dtype == STORED:
@@ -143,11 +152,16 @@ def load_base(config: ExportConfig, scratch: Path = Path()) -> Source:
                    tokenizer=load_tokenizer(trimmed))
 
 
-def next_command(layout: str, out: Path, task: str | None) -> str:
-    """How the folder is opened, with the adapter of `task` if it holds any."""
+def next_command(layout: str, out: Path, adapter: tuple[str, str] | None) -> str:
+    """How the folder is opened, with an adapter, its task and file, if it holds any."""
+    task, file = adapter or ("", "")
     chosen = f" --task {shlex.quote(task)}" if task else ""
     return {"onnx": f"python -m minismoe.runtime {shlex.quote(str(out))}{chosen} --chat",
-            "genai": f"onnxruntime_genai.Model({str(out)!r})",
+            "genai": f"model = onnxruntime_genai.Model({str(out)!r})" + (
+                "\nadapters = onnxruntime_genai.Adapters(model)"
+                f"\nadapters.load({str(out / file)!r}, {task!r})"
+                f"\ngenerator.set_active_adapter(adapters, {task!r})     # else it is the base"
+                if task else ""),
             # transformers.js looks a relative path up among its own models, then on the hub
             "web": f"python -m minismoe.runtime {shlex.quote(str(out))} --serve\n"
                    f"await pipeline('text-generation', {str(out.absolute())!r})"

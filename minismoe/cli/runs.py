@@ -145,13 +145,14 @@ def saved_config(run: Path) -> dict[str, Any]:
 
 
 def read_run(run: Path) -> InputConfig:
-    """The model and data of a run's config.json; device and dtype are the defaults. Raises
+    """The model, its dtype and the data of a run's config.json; the device is the default. Raises
     ValueError as `saved_config` does, and for a value that no flag can have."""
     for name in ("config.json", "adapter", "export"):
         files.inside(run, name)
     saved = saved_config(run)["arguments"]
     return from_flags(InputConfig, vars(as_typed(
-        new_parser(None, {"": InputConfig}), run, {name: saved.get(name) for name in EXPORTED})))
+        new_parser(None, {"": InputConfig}), run,
+        {name: saved.get(name) for name in (*EXPORTED, "dtype")})))
 
 
 def finished(config: RunConfig) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
-from ..method.experts import linear_layers
+from ..method.experts import expert_layers, linear_layers
 from ..model.checkpoint import weight_files
 from ..model.config import Config
 from ..model.quantize import BLOCK, ROW
@@ -28,13 +28,15 @@ def resolved(config: ExportConfig, source: Source) -> list[ExportConfig]:
     graphs = [with_precision(graph, has_texts)
               for graph in [replace(config, precision="q4f16")] * both + [config]]
     context, static = sizes_of(config, source)
+    norm = source.model.model.norm.weight
     for graph in graphs:
         if graph.graph:
             refuse(source.model.config, graph.target, graph.block or BLOCK, static)
             if graph.size and (least := nbytes(graph, source)) > graph.size * 1e6:
                 raise ValueError(f"--size {graph.size}: the matrices take {least / 1e6:.3f} MB at "
                                  "least")
-    return [replace(graph, context=context, static=static) for graph in graphs]
+    return [replace(graph, context=context, static=static, device=str(norm.device),
+                    dtype=str(norm.dtype).removeprefix("torch.")) for graph in graphs]
 
 
 def with_precision(config: ExportConfig, has_texts: bool) -> ExportConfig:
@@ -59,10 +61,19 @@ def with_precision(config: ExportConfig, has_texts: bool) -> ExportConfig:
 
 def nbytes(config: ExportConfig, source: Source) -> int:
     """The bytes that weights take in the folder, at least."""
-    if not config.graph:
-        return sum(file.stat().st_size for file in weight_files(source.base)) * (
-            config.layout == "hf")
-    return matrix_bytes(config, source, *linear_layers(source.model), *vocabularies(source.model))
+    if config.layout == "hf":
+        return sum(file.stat().st_size for file in weight_files(source.base))
+    layers = expert_layers(source.model).values()
+    if config.layout == "peft":              # all are filled up to the largest rank
+        return 4 * max((layer.experts * layer.rank for layer in layers), default=0) * sum(
+            layer.in_features + layer.out_features for layer in layers)
+    A, B = (sum(getattr(layer, part).numel() for layer in layers) for part in ("lora_A", "lora_B"))
+    if config.adapters:
+        beside = 4 * (A + B) * len(source.examples)
+    else:                                    # lora_A takes a byte each, beside weights in few bits
+        beside = ((1 if config.form.rounds else 4) * A + 4 * B) * (config.routing != "merge")
+    return beside + matrix_bytes(
+        config, source, *linear_layers(source.model), *vocabularies(source.model))
 
 
 def matrix_bytes(config: ExportConfig, source: Source, *names: str) -> int:

@@ -9,6 +9,7 @@ from ..data.tokenizer import Tokenizer
 from ..io.flags import above_zero, flag, positive, text
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, BLOCKS
+from ..training.evaluate import Accuracy
 from .weights import PRECISIONS, GraphFormat
 
 
@@ -35,8 +36,8 @@ class ExportConfig:
     limit_test: int | None = flag(None, "test lines a task (default: as in training)", positive,
                                   metavar="N")
     device: str = flag("auto", "for freezing: cpu, cuda, mps, or auto (default)")
-    dtype: str = flag("auto", "for freezing and calibrating; default: the faster one on the "
-                      "device", choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "for freezing and calibrating. auto (default): that of the run's "
+                      "training, or float32 for a base", choices=("auto", "float32", "bfloat16"))
     model: str | None = flag(
         None, "instead of RUN: a checkpoint folder or hub name, without adapters", text)
     out: str | None = flag(None, "folder to make (default: one in RUN/export)", text, metavar="DIR")
@@ -117,3 +118,4 @@ class Source:
     examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)      # by task
     unseen: Mapping[str, Sequence[Example]] = field(default_factory=dict)        # validation lines
     system: str | None = None                # system prompt that training added to lines
+    whole: Mapping[str, Accuracy] = field(default_factory=dict)      # of --vocab: with all tokens

@@ -2,7 +2,7 @@
 
 Each linear layer of the run becomes what the folder stores in its place:
 
-    merge      a BlockLinear of merged weights; in layouts hf and peft as freeze
+    merge      a BlockLinear of merged weights; in layout peft as freeze
     freeze     an ExpertLinear of one expert, beside floats or blocks
     dynamic    the ExpertLinear as it was trained, beside floats or blocks
     adapters   an AdapterLinear, beside floats or blocks
@@ -51,7 +51,8 @@ class Part:
 
     def __init__(self, config: ExportConfig, reference: CausalLM, fits: TaskFits):
         """reference: the source's model in float32. fits: are there when `place` reads them."""
-        self.config, self.tree, self.fits = config, sharing_copy(reference), fits
+        self.config, self.reference, self.fits = config, reference, fits
+        self.tree = sharing_copy(reference)
         self.ranges: Ranges = {}
         self.in_4_bits = defaultdict[str, list[Blocks]](list)        # what --size may choose
 
@@ -66,11 +67,17 @@ class Part:
             new: nn.Module
             if config.adapters:
                 new = AdapterLinear(layer, of_tasks)
-            elif config.routing == "merge" and config.graph:
+            elif config.routing == "merge" and config.layout != "peft":
                 new = BlockLinear(MergedWeight(layer.weight, of_tasks[config.task]), layer.bias)
             else:
                 new = frozen_layer(layer, of_tasks[config.task])
             self.tree.set_submodule(name, new)
+
+    def unrounded(self) -> CausalLM:
+        """The tree as it would be if no weight were rounded."""
+        part = Part(self.config, self.reference, self.fits)
+        part.place([*expert_layers(self.reference)])
+        return part.tree
 
     def round(self, names: Sequence[str], R: Tensor | None) -> None:
         """Store matrices that read the same in few bits, for inputs whose `factor` is R."""

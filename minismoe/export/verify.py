@@ -1,46 +1,47 @@
-"""Check an exported folder: compare it with PyTorch, and measure what it lost.
+"""Check an exported folder: compare it with PyTorch, session by session, and measure what it lost.
 
-Two models stand beside a folder. `part.tree` holds the weights that the folder holds, and the
-folder has to compute what the tree does. The trained model is the run's, with its experts, or the
-base: how far the folder is from it is reported, and has no bound.
+Two models stand beside a folder. `part.tree` holds the weights that the folder holds: each session,
+also the one that ships, has to compute what the tree does, and files without a graph have to hold
+the tree's numbers to the bit. The trained model is the run's, with its experts, or the base: how
+far the folder is from it is reported, and has no bound.
 """
 
-import math
-import statistics
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ..data.tasks import Task
-from ..data.tokenizer import Tokenizer
 from ..io.files import read_json
-from ..io.progress import progress_bar
-from ..io.text import clean, table
+from ..io.text import clean
 from ..method.experts import expert_layers
-from ..method.freeze import Fit, merge
-from ..model.checkpoint import load_model, stored_tensors, text_name
+from ..model.checkpoint import DTYPES, load_model, stored_tensors, text_name
 from ..model.decoder import CausalLM
 from ..runtime import Generator
-from ..training.evaluate import Accuracy, evaluate, exact_match, questions
+from ..training.evaluate import Accuracy
 from . import compare
+from . import scores as scoring
 from .compare import FEW, TOKENS, Prompts
-from .leaves import AdapterLinear
+from .leaves import AdapterLinear, flat, matrix
 from .plan import check_prompts
+from .scores import MERGED, ROUNDED, accuracy, accuracy_in_torch, shares
 from .settings import ExportConfig, Source
-from .tree import Part, sharing_copy
+from .tree import Part, sharing_copy, widened
 from .weights import HALF
 
-Scores = dict[str, tuple[Accuracy, Accuracy]]    # by task: of the trained model, of an export
-# How far logits may be from PyTorch's on the same weights, as a share of the largest: what rounding
-# activations explains. Of float16 graphs weights are rounded as well, and a router may choose
-# another expert where two are almost equal.
-FLOAT32, FLOAT16, ROUTED_FLOAT16, BITS16, BFLOAT16 = 1e-4, 3e-2, 6e-2, 2e-2, 5e-2
-BITS8 = 0.1              # of activations that one provider rounds to 8 bits, and another does not
-CHANCE = 0.05            # a loss is told if chance explains it less often than this
+Figures = dict[str | None, dict[str, Any]]       # by adapter; None: without any
+Written = tuple[str, Tensor | None, Tensor]      # a name, what is in a file, and what has to be
+# How far logits may be from PyTorch's on the same weights, as a share of the largest. Of float16
+# graphs weights are rounded as well, and a router may choose another expert where two are almost
+# equal.
+FLOAT32, FLOAT16, ROUTED_FLOAT16, BITS16 = 1e-4, 3e-2, 6e-2, 2e-2
+BITS8 = 0.1              # of a session that rounds activations
 
 
 def check(part: Part, source: Source, folder: Path) -> dict[str, Any]:
@@ -49,72 +50,127 @@ def check(part: Part, source: Source, folder: Path) -> dict[str, Any]:
     config, prompts = part.config, check_prompts(source)
     if not config.graph:
         return check_weights(part, source, folder, prompts)
-    tolerance, rounds = activations_explain(config), config.form.rounds
-    exact = check_rounded(part, folder, prompts, tolerance) if rounds else {}
-    generator, by_adapter, scores = Generator(folder), {}, Scores()
-    for adapter in (None, *generator.tasks):
-        task, alone = adapter or config.task, config.adapters and not adapter
-        trained = without_experts(source.model) if alone else source.model
-        generator.use(adapter)
-        most = min(TOKENS, generator.room(max(map(len, prompts))))
-        texts = generator.batch(prompts, most)
-        figures: dict[str, Any] = exact[adapter] if rounds else compare.compare_floats(
-            with_adapter(part.tree, adapter), generator, prompts, texts, tolerance)
-        figures |= compare.compare_texts(trained, generator, prompts, texts, most)
-        show_logits(task or source.name, figures)
-        for name in config.provider or ():
-            figures.setdefault("providers", {})[name] = compare_provider(
-                generator, Generator(folder, name, task=adapter), name, part.tree, prompts,
-                BITS8 if rounds and config.target != "npu" else tolerance)
-            show_logits(name, figures["providers"][name], "the CPU")
-        if not alone:
-            answered = scored(source, task, partial(accuracy, generator))
-            figures["exact_match"] = shares(answered, config.precision)
-            scores |= answered
-        by_adapter[task or ""] = figures
-    show_scores(scores, config.precision)
-    return by_adapter
+    figures: Figures = defaultdict(dict)
+    check_exact(part, folder, prompts, figures)
+    generator = Generator(folder)
+    check_shipped(part, source, generator, prompts, figures)
+    for name in config.provider or ():
+        check_provider(part, generator, Generator(folder, name), name, prompts, figures)
+    check_answers(part, source, generator, figures)
+    return {task or config.task or "": seen for task, seen in figures.items()}
 
 
-def check_rounded(part: Part, folder: Path, prompts: Prompts, tolerance: float,
-                  ) -> dict[str | None, dict[str, float]]:
-    """Compare a graph in few bits, whose activations are not rounded, with the tree that it was
-    written from; returns figures by adapter. Its session is closed before another one opens."""
-    generator, figures = Generator(folder), {}
-    if part.config.target != "npu":
+def check_exact(part: Part, folder: Path, prompts: Prompts, figures: Figures) -> None:
+    """A session that rounds no activations to 8 bits, beside the tree: it shows the least error in
+    weights and operators. It is closed before another one opens."""
+    generator = Generator(folder)
+    if part.config.form.rounds_activations and part.config.target != "npu":
         compare.stop_rounding(generator)
     for adapter in (None, *generator.tasks):
         generator.use(adapter)
-        figures[adapter] = compare.compare_rounded(with_adapter(part.tree, adapter), generator,
-                                                   prompts, tolerance)
-    return figures
+        figures[adapter] |= compare.compare_exact(
+            with_adapter(part.tree, adapter), generator, prompts,
+            rounding_explains(part.config, exact=True))
+
+
+def check_shipped(part: Part, source: Source, generator: Generator, prompts: Prompts,
+                  figures: Figures) -> None:
+    """The session that ships, beside the tree, and beside the trained model."""
+    config, most = part.config, min(TOKENS, generator.room(max(map(len, prompts))))
+    for adapter in (None, *generator.tasks):
+        generator.use(adapter)
+        texts = generator.batch(prompts, most)
+        figures[adapter] |= compare.compare_shipped(
+            with_adapter(part.tree, adapter), generator, prompts, texts, rounding_explains(config),
+            config.form.rounds_activations)
+        alone = config.adapters and not adapter
+        figures[adapter] |= compare.compare_texts(
+            without_experts(source.model) if alone else source.model, generator, prompts, texts,
+            most)
+        show_logits(adapter or config.task or source.name, figures[adapter])
+
+
+def check_provider(part: Part, generator: Generator, other: Generator, name: str, prompts: Prompts,
+                   figures: Figures) -> None:
+    """A session on another provider, beside the one that ships."""
+    for adapter in (None, *generator.tasks):
+        generator.use(adapter)
+        other.use(adapter)
+        found = compare_provider(
+            generator, other, name, part.tree, prompts,
+            rounding_explains(part.config, exact=part.config.target == "npu"))
+        figures[adapter].setdefault("providers", {})[name] = found
+        show_logits(name, found, "the CPU")
+
+
+def check_answers(part: Part, source: Source, generator: Generator, figures: Figures) -> None:
+    """Exact match of the session that ships, beside the trained model; and, where it has lost more
+    than chance explains, of the tree before its weights were rounded."""
+    config = part.config
+
+    def of_export(task: Task) -> Accuracy:
+        generator.use(task.name if config.adapters else None)
+        return accuracy(generator, task)
+
+    scores = scoring.scored(source, config.task, config.precision, of_export)
+    merges = any(fit.kind != "exact" for fits in part.fits.values() for fit in fits.values())
+    if merges and config.form.rounds and scoring.losses(scores):
+        merged = part.unrounded()
+        scoring.add_merged(scores, source.tasks, lambda task: accuracy_in_torch(with_adapter(
+            merged, task.name if config.adapters else None), source.tokenizer, task))
+    for adapter, seen in figures.items():
+        if adapter or not config.adapters:
+            seen["exact_match"] = shares({
+                task: row for task, row in scores.items() if adapter in (None, task)})
+    scoring.show_scores(scores, ROUNDED if config.form.rounds else MERGED)
 
 
 def check_weights(part: Part, source: Source, folder: Path, prompts: Prompts) -> dict[str, Any]:
-    """Compare a folder of layout hf or peft with its tree, and with the trained model."""
-    fits = part.fits[part.config.task]
-    if part.config.layout == "hf":
-        exported = load_model(folder)
+    """Compare each tensor of a folder of layout hf or peft with its tree, to the bit, and what the
+    folder computes with the trained model."""
+    layout, tree, exported = part.config.layout, part.tree, part.tree
+    if layout == "hf":
+        exported = load_model(folder, None)
+        tensors = merged_weights(tree, exported, source.base)
     else:
-        exported = sharing_copy(part.tree)
-        tensors = load_file(folder / "adapter_model.safetensors")
-        key = "base_model.model.{}.lora_{}.weight".format
-        ours = {exported.config.name(name): name for name in fits}
-        merge(exported, {ours[text_name(n)]: Fit(tensors[key(n, "A")], tensors[key(n, "B")])
-                         for n in read_json(folder / "adapter_config.json")["target_modules"]})
-    stored, name = stored_tensors(source.base), source.model.config.name
-    exact = part.config.layout == "peft" or all(           # merged weights have the base's dtypes
-        stored[name(f"{n}.weight")].content.get_dtype() == "F32" for n in fits)
+        tensors = adapter_weights(tree, folder)
+    if wrong := [name for name, found, wanted in tensors if found is None or not (
+            found.dtype == wanted.dtype and torch.equal(found, wanted))]:
+        raise ValueError(f"the export is not what PyTorch computes: {len(wrong)} tensors are not "
+                         f"the merged ones, to the bit, such as {wrong[0]}")
+    exported = widened(exported)
     read, texts = compare.last_tokens(prompts)
-    figures: dict[str, Any] = {"graph_error": compare.compare_logits(
-        compare.logits(part.tree, read, texts), given := compare.logits(exported, read, texts),
-        FLOAT32 if exact else BFLOAT16)["logits_error"]}
-    figures |= compare.compare_logits(compare.logits(source.model, read, texts), given)
+    figures: dict[str, Any] = compare.compare_logits(
+        compare.logits(source.model, read, texts), compare.logits(exported, read, texts))
     show_logits(source.name, figures)
-    scores = scored(source, part.config.task,
+    scores = scoring.scored(source, part.config.task, layout,
                     partial(accuracy_in_torch, exported, source.tokenizer))
-    show_scores(scores, part.config.layout)
-    return figures | {"exact_match": shares(scores, part.config.layout)}
+    scoring.show_scores(scores, MERGED)
+    return figures | {"exact_match": shares(scores)}
+
+
+def merged_weights(tree: CausalLM, exported: CausalLM, base: Path) -> Iterator[Written]:
+    """The weights of layout hf, as they are stored, and those of its tree in the base's dtypes."""
+    stored = stored_tensors(base)
+    for name, weight in exported.named_parameters():
+        module, _, kind = name.rpartition(".")
+        leaf = tree.get_submodule(module)
+        wanted = matrix(leaf) if kind == "weight" else getattr(leaf, kind)
+        yield name, weight, wanted.to(DTYPES[stored[tree.config.name(name)].content.get_dtype()])
+
+
+def adapter_weights(tree: CausalLM, folder: Path) -> Iterator[Written]:
+    """The LoRAs of layout peft, if PEFT is told to take them, and those of its tree, which zeros
+    fill up to one rank."""
+    settings = read_json(folder / "adapter_config.json")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {text_name(name): [tensors.get(f"base_model.model.{name}.lora_{kind}.weight")
+                               for kind in "AB"] for name in settings["target_modules"]}
+    for name, layer in expert_layers(tree).items():
+        name, (A, B, _) = tree.config.name(name), flat(layer)
+        more = settings["r"] - len(A)
+        wanted = F.pad(A, (0, 0, 0, more)), F.pad(B, (0, more))
+        yield from zip((f"{name}.lora_A", f"{name}.lora_B"), found.get(name, [None] * 2), wanted)
 
 
 def compare_provider(generator: Generator, other: Generator, name: str, model: CausalLM,
@@ -135,8 +191,11 @@ def compare_provider(generator: Generator, other: Generator, name: str, model: C
     return figures | {"texts": len(prompts), "texts_equal": same}
 
 
-def activations_explain(config: ExportConfig) -> float:
-    """How far a graph's logits may be from those of its weights in PyTorch, by its activations."""
+def rounding_explains(config: ExportConfig, exact: bool = False) -> float:
+    """How far the logits of the session that ships may be from those of its weights in PyTorch; or
+    of the `exact` one."""
+    if config.form.rounds_activations and not exact:
+        return BITS8
     if config.precision in HALF:
         return ROUTED_FLOAT16 if config.routing == "dynamic" else FLOAT16
     return BITS16 if config.target == "npu" else FLOAT32
@@ -158,81 +217,11 @@ def with_adapter(tree: CausalLM, task: str | None) -> CausalLM:
     return tree
 
 
-def scored(source: Source, only: str | None, measure: Callable[[Task], Accuracy]) -> Scores:
-    """Exact match of the trained model and of an export, by task, or of one task. Tasks whose
-    answers the export has no room for are left out."""
-    found = Scores()
-    for task in source.tasks:
-        if only in (None, task.name) and (of_export := measure(task)).examples:
-            found[task.name] = accuracy_in_torch(source.model, source.tokenizer, task), of_export
-    return found
-
-
-def accuracy_in_torch(model: CausalLM, tokenizer: Tokenizer, task: Task) -> Accuracy:
-    """Exact match of a model on the test split of a task."""
-    return evaluate(model, tokenizer, questions(
-        tokenizer, task, model.config.max_position_embeddings))
-
-
-def accuracy(generator: Generator, task: Task) -> Accuracy:
-    """Exact match of an exported folder on the test split of a task; of no line if it has no room
-    for the answers, in the context or in the past of a static graph."""
-    def complete(prompts: Sequence[list[int]], limits: Sequence[int]) -> list[list[int]]:
-        limit = max(limits, default=0)
-        if (room := generator.room(max(map(len, prompts), default=0))) < limit:
-            print(f"{clean(task.name)}: no exact match, as an answer may have {limit} tokens, and "
-                  f"there is room for {room}")
-            return []
-        return [[*generator.generate(prompt, limit)] for prompt, limit in progress_bar(
-            [*zip(prompts, limits)], f"evaluate {clean(task.name)}", unit="line", leave=False)]
-
-    # The same lines as in PyTorch: `sizes_of` sees to it that the context holds all of them.
-    asked = questions(generator.tokenizer, task, generator.context)
-    return exact_match(generator.tokenizer, asked, complete)
-
-
-def shares(scores: Scores, export: str) -> dict[str, dict[str, float]]:
-    """What export.json says of exact match, by task."""
-    return {task: {"trained": before.share, export: after.share}
-            for task, (before, after) in scores.items()}
-
-
 def show_logits(name: str, figures: Mapping[str, Any], beside: str = "the trained model") -> None:
     """Print how far an export is from the trained model, or another provider from the CPU."""
-    graph = (f"computes its weights within {figures['graph_error']:.1e}; "
-             if "graph_error" in figures else "")
+    graph = (f"computes its weights within {figures['graph_error']:.1e}, and as it ships within "
+             f"{figures['shipped_error']:.1e}; " if "graph_error" in figures else "")
     same = (f"{figures['texts_equal']} of {figures['texts']} texts the same, "
             if "texts" in figures else "")
     print(f"{clean(name)}: {graph}logits within {figures['logits_error']:.1e} of {beside}'s "
           f"largest, {same}{100 * figures['tokens_agreed']:.1f} % of tokens")
-
-
-def show_scores(scores: Scores, export: str) -> None:
-    """Print exact match by task, and where the export has lost more than chance explains."""
-    if not scores:
-        return
-    rows = {clean(task): both for task, both in scores.items()}
-    means = [statistics.mean(column) for column in zip(*(
-        (before.share, after.share) for before, after in rows.values()))]
-    print(table(["exact match", "trained", export], [
-        *([name, f"{before.share:.3f}", f"{after.share:.3f}"]
-          for name, (before, after) in rows.items()),
-        ["mean", *(f"{mean:.3f}" for mean in means)]]))
-    pairs = {name: [*zip(before.right, after.right)] for name, (before, after) in rows.items()}
-    if len(pairs) > 1:
-        pairs["all tasks"] = [pair for of_task in pairs.values() for pair in of_task]
-    for name, of_task in pairs.items():
-        lost, won = of_task.count((1, 0)), of_task.count((0, 1))
-        if chance_of(lost, won) < CHANCE / len(pairs):
-            print(f"{name}: of {len(of_task)} test lines, the export answers {lost} wrongly that "
-                  f"the trained model answers rightly, and {won} rightly that it answers wrongly. "
-                  "This is more than chance explains: export with more bits (--precision int8 or "
-                  "fp32), with --routing dynamic, or calibrated on other lines (--prompts FILE)",
-                  file=sys.stderr)
-
-
-def chance_of(lost: int, won: int) -> float:
-    """How often chance loses as many or more of the lines that two models answer differently: the
-    sign test of paired lines, exact and one-sided."""
-    every = lost + won
-    return sum(math.comb(every, k) for k in range(lost, every + 1)) / 2 ** every

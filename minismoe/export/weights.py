@@ -74,6 +74,12 @@ class GraphFormat:
         """Whether any weight is stored in few bits."""
         return any(PRECISIONS[self.precision])
 
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether a session rounds activations: to 8 bits, as accuracy_level 4 says, or for an NPU
+        to 16."""
+        return self.rounds and not self.rows
+
     def options_of(self, name: str) -> list[Storage]:
         """The ways to store the matrix of a module in few bits, of which one is chosen; none if it
         stays in floats."""

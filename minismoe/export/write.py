@@ -1,7 +1,7 @@
 """Make the folder that ships: freeze the routing, round, write, and compare with PyTorch."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,16 @@ def write(part: Part, source: Source, folder: Path) -> dict[str, Any]:
                               part.fits[config.task], folder)
     checked = verify.check(part, source, folder)
     if config.graph:
-        graph["contract"]["golden"] = golden(Generator(folder), verify.BITS8 if config.form.rounds
-                                             else verify.activations_explain(config))
-    providers = [name for name in config.provider or () if all(      # that auto may take
+        graph["contract"]["golden"] = golden(Generator(folder), verify.rounding_explains(config))
+    return info | graph | {"checked": checked,
+                           "providers": same_texts(config.provider or (), checked)}
+
+
+def same_texts(providers: Sequence[str], checked: Mapping[str, Any]) -> list[str]:
+    """Those providers that gave all texts of the CPU, with each adapter: `auto` may take them."""
+    return [name for name in providers if all(
         (there := figures["providers"][name])["texts_equal"] == there["texts"]
         for figures in checked.values())]
-    return info | graph | {"checked": checked, "providers": providers}
 
 
 def about(config: ExportConfig, source: Source) -> dict[str, Any]:

@@ -15,10 +15,21 @@ UNFINISHED = ".minismoe.tmp"                         # the end of a name before 
 
 
 @contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """Raise OSErrors of the block in the name of `path`, and not of a temporary one."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, renamed to `path` once it is written without error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    with blaming(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     try:
         yield Path(name)
@@ -70,7 +81,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         if (lock := _lock(left)) is not None:
             shutil.rmtree(left, ignore_errors=True)
             os.close(lock)
-    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with blaming(path):
+        new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     lock = _lock(new)                                # before it has a name that others look for
     tmp = new.rename(f"{new}{UNFINISHED}")
     try:

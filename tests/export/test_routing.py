@@ -14,7 +14,7 @@ from torch import Tensor
 import export
 from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
-from minismoe.export import compare, tree, verify
+from minismoe.export import compare, scores, tree
 from minismoe.export.calibration import Calibration, shuffled_samples, unlabelled
 from minismoe.export.layouts import copy_base_files, write_genai
 from minismoe.export.settings import ExportConfig, Source
@@ -90,7 +90,7 @@ class Says:
 def test_answers_are_scored_in_the_order_of_their_questions() -> None:
     lines = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}]
              for q, a in (("long x", "yes"), ("s", "no"), ("longer", "no"), ("x", "no"))]
-    assert verify.accuracy(Says(), Task("t", [], lines)).right == [1, 1, 1, 0]
+    assert scores.accuracy(Says(), Task("t", [], lines)).right == [1, 1, 1, 0]
 
 
 def logits_of(text: bytes, end: int = 257) -> Tensor:
@@ -105,12 +105,11 @@ def test_another_text_in_floats_is_refused_unless_it_is_a_near_tie(
     wanted = logits_of(b"yes")
     wanted[0, ord("n")] = 3 * (1 + above)
     monkeypatch.setattr(compare, "logits", lambda *_: [wanted])
-    monkeypatch.setattr(compare, "with_long", lambda generator, tree, *read: read)
     if refused:
         with pytest.raises(ValueError, match="other texts than PyTorch: .* 0.006 below"):
-            compare.compare_floats(None, Says(), [[120]], [list(b"yes")], 5e-4)
+            compare.compare_shipped(None, Says(), [[120]], [list(b"yes")], 5e-4, False)
     else:
-        compare.compare_floats(None, Says(), [[120]], [list(b"yes")], 5e-4)
+        compare.compare_shipped(None, Says(), [[120]], [list(b"yes")], 5e-4, False)
 
 
 def test_texts_are_the_same_up_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +130,8 @@ def test_texts_are_the_same_up_to_their_end(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_loss_is_told_if_chance_does_not_explain_it(lost: int, won: int, told: bool, capsys,
                                                       ) -> None:
     right = [[1] * lost + [0] * won + [1] * 9, [0] * lost + [1] * won + [1] * 9]
-    verify.show_scores({"t": tuple(Accuracy(sum(r), len(r), [], r) for r in right)}, "int4")
+    scores.show_scores({"t": {name: Accuracy(sum(r), len(r), [], r) for name, r in zip(
+        ("trained", "int4"), right)}}, scores.ROUNDED)
     said, warned = capsys.readouterr()
     assert "trained" in said and "int4" in said
     assert (f"t: of {9 + lost + won} test lines, the export answers {lost} wrongly that the trained"

@@ -1,6 +1,7 @@
 """A base with fewer tokens: its logits, its files, the adapters that fit it, and --vocab."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,11 @@ from minismoe.cli import trimming
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export.trim import trimmed_tokenizer, write_trimmed
 from minismoe.io.files import read_json
+from minismoe.method.experts import expert_layers
 from minismoe.method.vocabulary import BPE, tokens_to_keep
 from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.runtime import Generator
+from minismoe.training.evaluate import Accuracy
 
 TEXTS = ["the cat sat on the mat", "a man ran again"]
 Make = Callable[..., Path]
@@ -108,6 +111,30 @@ def data(tmp_path: Path) -> list[str]:
         write_lines(tmp_path / "data" / f"{name}.jsonl", (
             (f"say {word} {i}", word) for i in range(4) for word in words.split()))
     return ["--data", str(tmp_path / "data")]
+
+
+def test_what_fewer_tokens_lose_is_told_apart_from_what_rounding_loses(
+        make: Make, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """The trained model is the run's own, with all tokens; it is right here, and the others not."""
+    run, sizes = tmp_path / "run", []
+    write_lines(tmp_path / "data" / "test.jsonl", ((f"say answer {i}", "answer") for i in range(8)))
+    train.main(["--model", str(make("llama")), *data, "--epochs", "1", "--out", str(run)])
+
+    def right(model: Any, tokenizer: Any, task: Any) -> Accuracy:
+        sizes.append(model.config.vocab_size)
+        assert expert_layers(model) and len(task.test) == 8
+        return Accuracy(8, 8, [], [1] * 8)
+
+    monkeypatch.setattr(export, "accuracy_in_torch", right)
+    export.main([str(run), "--vocab", "320", "--out", str(tmp_path / "out")])
+    found = read_json(tmp_path / "out" / "export.json")["checked"][""]["exact_match"]["data"]
+    assert sizes == [340] and found["trained"] == 1.0 > found["trimmed"]
+    assert [*found] == ["trained", "trimmed", "int4-8"]          # one task: nothing is merged
+    said, told = capsys.readouterr()
+    assert re.search(r"exact match +trained +trimmed +int4-8", said)
+    assert ("Right answers: trained 8, trimmed 0, int4-8 0. Most are lost where the model is "
+            "trimmed: keep more tokens") in told
 
 
 def test_an_export_leaves_tokens_out_of_a_run(make: Make, data: list[str], tmp_path: Path,

@@ -1,0 +1,128 @@
+"""Exact match of the model as it was trained and of an export, and which step lost what.
+
+Between the two, the model may be trimmed to fewer tokens, its mixtures merged, its weights rounded.
+The trimmed model is always measured; the merged one only if the export answers worse than chance
+explains.
+"""
+
+import math
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from ..data.tasks import Task
+from ..data.tokenizer import Tokenizer
+from ..io.progress import progress_bar
+from ..io.text import clean, table
+from ..model.decoder import CausalLM
+from ..runtime import Generator
+from ..training.evaluate import Accuracy, evaluate, exact_match, questions
+from .settings import Source
+
+TRAINED, TRIMMED, MERGED, ROUNDED = "trained", "trimmed", "merged", "rounded"
+Scores = dict[str, dict[str, Accuracy]]      # by task: of the trained model, steps, and the export
+ADVICE = {
+    TRIMMED: "keep more tokens (a larger --vocab, or none)",
+    MERGED: "keep the mixtures (--layout onnx --routing dynamic), or calibrate on lines like those "
+            "of the test (--prompts FILE)",
+    ROUNDED: "export with more bits (--precision int8 or fp32)"}
+CHANCE = 0.05            # a loss is told if chance explains it less often than this
+
+
+def scored(source: Source, only: str | None, name: str, measure: Callable[[Task], Accuracy],
+           ) -> Scores:
+    """Exact match by task, or of the task `only`: of the trained model, of the trimmed one if the
+    source is, and of the export `name`, which `measure` gives. Tasks whose answers the export has
+    no room for are left out."""
+    found = Scores()
+    for task in source.tasks:
+        if only in (None, task.name) and (of_export := measure(task)).examples:
+            own = accuracy_in_torch(source.model, source.tokenizer, task)
+            whole = source.whole.get(task.name)
+            found[task.name] = ({TRAINED: whole, TRIMMED: own} if whole else {TRAINED: own}) | {
+                name: of_export}
+    return found
+
+
+def add_merged(scores: Scores, tasks: Sequence[Task], measure: Callable[[Task], Accuracy]) -> None:
+    """Put what `measure` gives of the merged model before the export."""
+    for task in tasks:
+        if row := scores.get(task.name):
+            name, of_export = row.popitem()
+            row |= {MERGED: measure(task), name: of_export}
+
+
+def accuracy_in_torch(model: CausalLM, tokenizer: Tokenizer, task: Task) -> Accuracy:
+    """Exact match of a model on the test split of a task."""
+    return evaluate(model, tokenizer, questions(
+        tokenizer, task, model.config.max_position_embeddings))
+
+
+def accuracy(generator: Generator, task: Task) -> Accuracy:
+    """Exact match of an exported folder on the test split of a task; of no line if it has no room
+    for the answers, in the context or in the past of a static graph."""
+    def complete(prompts: Sequence[list[int]], limits: Sequence[int]) -> list[list[int]]:
+        limit = max(limits, default=0)
+        if (room := generator.room(max(map(len, prompts), default=0))) < limit:
+            print(f"{clean(task.name)}: no exact match, as an answer may have {limit} tokens, and "
+                  f"there is room for {room}")
+            return []
+        return [[*generator.generate(prompt, limit)] for prompt, limit in progress_bar(
+            [*zip(prompts, limits)], f"evaluate {clean(task.name)}", unit="line", leave=False)]
+
+    # The same lines as in PyTorch: `sizes_of` sees to it that the context holds all of them.
+    asked = questions(generator.tokenizer, task, generator.context)
+    return exact_match(generator.tokenizer, asked, complete)
+
+
+def shares(scores: Scores) -> dict[str, dict[str, float]]:
+    """What export.json says of exact match, by task."""
+    return {task: {name: of.share for name, of in row.items()} for task, row in scores.items()}
+
+
+def losses(scores: Scores) -> dict[str, dict[str, list[int]]]:
+    """Tasks, and "all tasks" together, of which an export answers more lines wrongly than chance
+    explains: of the trained model, each step and the export, 1 or 0 for each line."""
+    rows = {clean(task): {name: of.right for name, of in row.items()}
+            for task, row in scores.items()}
+    if len(rows) > 1:
+        rows["all tasks"] = {name: [right for row in [*rows.values()] for right in row[name]]
+                             for name in next(iter(rows.values()))}
+    return {task: row for task, row in rows.items()
+            if chance_of(*lost_and_won(row)) < CHANCE / len(rows)}
+
+
+def lost_and_won(row: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+    """How many lines an export answers wrongly that the trained model answers rightly, and the
+    other way round."""
+    before, *_, after = row.values()
+    pairs = [*zip(before, after)]
+    return pairs.count((1, 0)), pairs.count((0, 1))
+
+
+def chance_of(lost: int, won: int) -> float:
+    """How often chance loses as many or more of the lines that two models answer differently: the
+    sign test of paired lines, exact and one-sided."""
+    every = lost + won
+    return sum(math.comb(every, k) for k in range(lost, every + 1)) / 2 ** every
+
+
+def show_scores(scores: Scores, last_step: str) -> None:
+    """Print exact match by task and, where the export has lost more than chance explains, after
+    which step how many lines are right. last_step: the one before the export, a key of ADVICE."""
+    if not scores:
+        return
+    names = [*next(iter(scores.values()))]
+    rows = {clean(task): [of.share for of in row.values()] for task, row in scores.items()}
+    rows["mean"] = [statistics.mean(column) for column in zip(*rows.values())]
+    print(table(["exact match", *names], [
+        [name, *(f"{share:.3f}" for share in row)] for name, row in rows.items()]))
+    for task, right in losses(scores).items():
+        (lost, won), counts = lost_and_won(right), [sum(lines) for lines in right.values()]
+        steps = [*names[1:-1], last_step]
+        _, worst = max(zip((a - b for a, b in zip(counts, counts[1:])), steps))
+        print(f"{task}: of {len(right[TRAINED])} test lines, the export answers {lost} wrongly "
+              f"that the trained model answers rightly, and {won} rightly that it answers wrongly. "
+              "This is more than chance explains. Right answers: "
+              + ", ".join(f"{name} {count}" for name, count in zip(names, counts))
+              + f". Most are lost where the model is {worst}: {ADVICE[worst]}", file=sys.stderr)
