@@ -27,7 +27,7 @@ from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export.calibration import unlabelled
 from minismoe.export.scores import accuracy_in_torch
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.export.tree import widened
+from minismoe.export.ship import widened
 from minismoe.export.write import export_model
 from minismoe.io.files import blaming, must_be_new, naming
 from minismoe.io.text import clean

@@ -15,8 +15,9 @@ import export as script
 from minismoe.export import graph, steps
 from minismoe.export.calibration import Batches
 from minismoe.export.mixture import round_experts
+from minismoe.export.part import Part, sharing_copy
 from minismoe.export.settings import ExportConfig
-from minismoe.export.tree import Part, freeze_and_round, sharing_copy
+from minismoe.export.ship import freeze_and_round
 from minismoe.export.weights import GraphFormat
 from minismoe.io.files import read_json
 from minismoe.model.decoder import CausalLM, Config

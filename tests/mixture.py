@@ -8,7 +8,7 @@ import torch
 from tiny import SMALL, randomise, small_model
 from torch import Tensor, nn
 
-from minismoe.export.tree import freeze_and_round
+from minismoe.export.ship import freeze_and_round
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.freeze import Fit, TaskFits, frozen_layer, no_fits
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..export.settings import ExportConfig
+from ..export.weights import PRECISIONS
 from ..io.flags import from_flags, new_parser, option, text
 from .script import command
 
 NO_RUN = "runs holds no run yet (python train.py makes one)"
-# The targets that take a value of --precision or --layout, if not all do.
-TARGETS = {"w8a16": ("npu",), "w4a16": ("npu",), "q8": ("ort",), "q4f16": ("ort",), "web": ("ort",),
-           **dict.fromkeys(("fp32", "int8", "int4-8", "int4", "genai"), ("ort", "portable"))}
+TARGETS = {name: how.targets for name, how in PRECISIONS.items()} | {
+    "web": ("ort",), "genai": ("ort", "portable")}       # layouts that not all targets have
 USUAL = {name: getattr(ExportConfig, name) for name in (     # to give the default is never wrong
     "layout", "precision", "routing", "target")}
 
@@ -49,43 +49,62 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig:
 
 def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     """Which flags contradict each other, and how to mend it; "" if none do."""
-    layout, precision, npu = config.layout, config.precision, config.target == "npu"
-    rounded = config.graph and not precision.startswith("fp")
-    scaled = rounded and (not npu or precision == "w4a16") and precision != "q8"     # in blocks
-    beside = config.routing != "merge" or config.adapters
-    alike = f"--precision {precision} of --target {config.target}"
-    idle = [                     # kinds of exports, and the flags that have no effect on them
-        (not config.graph, f"--layout {layout} holds no graph", "target static provider context "
-         "precision block size adapters" + " routing" * (
-             layout == "hf" or config.routing == "dynamic")),
-        (config.model, "a base has no adapters (--prompts FILE calibrates 4 bits and NPUs)",
-         "run routing adapters task limit_test" + " layout" * (layout == "peft")
-         + " prompts" * (not config.vocab and (not rounded or precision in ("int8", "q8")))),
-        (npu, "--target npu holds one merged model", "routing adapters"),
-        (config.routing == "dynamic", "--routing dynamic freezes nothing", "prompts task adapters"),
-        (config.adapters, "--adapters freezes for each task, beside a base of layout onnx or genai",
-         "routing task prompts" + " layout" * (layout == "web")),
-        (config.prompts, "--prompts has no tasks", "task"),
-        (layout == "peft", "an adapter belongs to the base with all tokens", "vocab"),
-        (config.static, "--static fixes all sizes of layout onnx", "layout" + " context" * npu),
-        (layout == "web", "transformers.js takes one kind of blocks", "size"),
-        (config.model and not config.prompts,
-         "texts show which tokens and bits are needed: give --prompts FILE", "vocab size"),
-        (beside, "experts beside the weights take blocks of one size", "size"),
-        (config.block, "--block stores all matrices alike", "size"),
-        (precision not in ("auto", "int4-8", "w4a16") or config.target == "portable",
-         f"{alike} stores all matrices alike", "size"),
-        (not scaled, f"{alike} has no blocks", "block")]
-    needs = [                    # flags, and the targets that take them
-        (f"--precision {precision}", TARGETS.get(precision)),
-        (f"--layout {layout}", TARGETS.get(layout)),
-        ("--static", config.static and ("portable", "npu")),
-        ("--provider qnn", any(n.startswith("qnn") for n in config.provider or ()) and ("npu",))]
-    for applies, kind, names in idle:
-        if applies and (flags := [shown(name, given) for name in names.split() if name in given]):
-            return f"{kind}: leave out {' and '.join(flags)}"
-    return next((f"{flag} needs --target {' or '.join(targets)}" for flag, targets in needs
+    reasons = {name: why for name, rules in without_effect(config).items() if name in given
+               for applies, why in reversed(rules) if applies}           # the first one remains
+    if reasons:
+        why = next(iter(reasons.values()))
+        flags = [shown(name, given) for name, same in reasons.items() if same == why]
+        return f"{why}: leave out {' and '.join(flags)}"
+    needs = {f"--precision {config.precision}": TARGETS.get(config.precision),
+             f"--layout {config.layout}": TARGETS.get(config.layout),
+             "--static": config.static and ("portable", "npu"),
+             "--provider qnn": any(name.startswith("qnn") for name in config.provider or ()) and (
+                 "npu",)}
+    return next((f"{flag} needs --target {' or '.join(targets)}" for flag, targets in needs.items()
                  if targets and config.target not in targets), "")
+
+
+def without_effect(config: ExportConfig) -> dict[str, list[tuple[Any, str]]]:
+    """By flag: whether it has no effect, and why not."""
+    layout, precision, npu = config.layout, config.precision, config.target == "npu"
+    base, files, dynamic = config.model, not config.graph, config.routing == "dynamic"
+    rounded = config.graph and not precision.startswith("fp")
+    in_blocks = rounded and (not npu or precision == "w4a16") and precision != "q8"
+    chooses = precision in ("auto", "int4-8", "w4a16") and config.target != "portable"
+    no_graph = f"--layout {layout} holds no graph"
+    no_adapters = "a base has no adapters (--prompts FILE calibrates 4 bits and NPUs)"
+    merged = "--target npu holds one merged model"
+    routed = "--routing dynamic freezes nothing"
+    each = "--adapters freezes for each task, beside a base of layout onnx or genai"
+    no_texts = "texts show which tokens and bits are needed: give --prompts FILE"
+    static = "--static fixes all sizes of layout onnx"
+    stored = f"--precision {precision} of --target {config.target}"
+    return {
+        "run": [(base, no_adapters)],
+        "limit_test": [(base, no_adapters)],
+        "target": [(files, no_graph)],
+        "provider": [(files, no_graph)],
+        "precision": [(files, no_graph)],
+        "static": [(files, no_graph)],
+        "context": [(files, no_graph), (config.static and npu, static)],
+        "layout": [(base and layout == "peft", no_adapters), (
+            config.adapters and layout == "web", each), (config.static, static)],
+        "routing": [(files and (layout == "hf" or dynamic), no_graph), (base, no_adapters),
+                    (npu, merged), (config.adapters, each)],
+        "adapters": [(files, no_graph), (base, no_adapters), (npu, merged), (dynamic, routed)],
+        "task": [(base, no_adapters), (dynamic, routed), (config.adapters, each),
+                 (config.prompts, "--prompts has no tasks")],
+        "prompts": [(base and not config.vocab and (not rounded or precision in ("int8", "q8")),
+                     no_adapters), (dynamic, routed), (config.adapters, each)],
+        "vocab": [(layout == "peft", "an adapter belongs to the base with all tokens"),
+                  (base and not config.prompts, no_texts)],
+        "block": [(files, no_graph), (not in_blocks, f"{stored} has no blocks")],
+        "size": [(files, no_graph), (layout == "web", "transformers.js takes one kind of blocks"),
+                 (base and not config.prompts, no_texts),
+                 (config.routing != "merge" or config.adapters,
+                  "experts beside the weights take blocks of one size"),
+                 (config.block, "--block stores all matrices alike"),
+                 (not chooses, f"{stored} stores all matrices alike")]}
 
 
 def shown(name: str, given: Mapping[str, Any]) -> str:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.tasks import Batch, probe_batches
-from ..export.bits import harm_of
 from ..export.leaves import matrix
+from ..export.rounding import harm_of
 from ..io.drawing import terminal_heatmap
 from ..io.files import naming, read_json
 from ..io.progress import progress_bar

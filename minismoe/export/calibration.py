@@ -6,7 +6,7 @@ runs once on each batch. What the matrices of one layer read is in memory, and n
 
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,15 +109,14 @@ class Calibration:
         if self.states:
             self.task, self.held, self.times = map(torch.cat, (task, held, times))       # (T,)
 
-    def through(self, number: int) -> Iterator[tuple[dict[str, nn.Linear], Tensor | None]]:
-        """Go through a decoder layer: its linear layers by name, those together that read the same,
-        with what they read, x (T, D); None without texts."""
+    def run_layer(self, number: int) -> Mapping[tuple[str, ...], Tensor | None]:
+        """Run a decoder layer on all texts. Returns what its linear layers read, x (T, D), by the
+        names of those that read the same; without texts, None for each layer."""
         layer, rope = self.model.model.layers[number], self.model.config.ropes[number]
         linears = {f"model.layers.{number}.{name}": m for name, m in linear_layers(layer).items()}
         if not self.states:
-            yield from (({name: linear}, None) for name, linear in linears.items())
-        for names, x in reads(linears, [partial(s.run, layer, rope) for s in self.states]):
-            yield {name: linears[name] for name in names}, x
+            return {(name,): None for name in linears}
+        return reads(linears, [partial(state.run, layer, rope) for state in self.states])
 
     def of_head(self) -> Tensor | None:
         """What the head reads, after all layers, (T, D); None without texts."""
@@ -125,8 +124,9 @@ class Calibration:
         read = [decoder.head_input(state.x, state.tokens).float() for state in self.states]
         return torch.cat(read) if read else None
 
-    def fit(self, layers: Mapping[str, nn.Linear], x: Tensor | None, fits: TaskFits) -> None:
+    def fit(self, names: Sequence[str], x: Tensor | None, fits: TaskFits) -> None:
         """Put the fits of mixtures that read x (T, D) into `fits`, for each task that it has."""
+        layers = {name: self.model.get_submodule(name) for name in names}
         mixtures: Any = {name: layer for name, layer in layers.items() if routed(layer)}
         for task, of_task in fits.items():
             if x is None or not mixtures or not of_task:

@@ -6,7 +6,7 @@ Letters: R rank of a fit.
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..data.tokenizer import DEFAULT_TEMPLATE, ByteTokenizer, chat_template, load_tokenizer
 from ..io.files import inside, last_part, read_json, replacing, write_json
-from ..method.freeze import merged
+from ..method.freeze import Fit, merged
 from ..method.vocabulary import BYTES
 from ..model.checkpoint import LEFT_OUT, MERGED, read_config, text_name, weight_files
 from ..model.config import CONV, DELTA, FULL, Config, text_part
@@ -27,15 +27,16 @@ from ..model.quantize import BlockWeight
 from .contract import contract
 from .graph import write_decoder
 from .npu import compile_npu, write_npu
+from .part import Part
 from .steps import write_sampler
-from .tree import Fits, Part
-from .weights import HALF, NPU_PRECISIONS, GraphFormat
+from .weights import PRECISIONS, GraphFormat
 
 # How transformers.js names a model's file, by our precision: its dtype, and the suffix of that.
 WEB_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("int8", "_int8"),
               "int4-8": ("q4", "_q4"), "int4": ("q4", "_q4"), "q8": ("q8", "_quantized"),
               "q4f16": ("q4f16", "_q4f16")}
 
+Fits = Mapping[str, Fit]                     # module -> its fit
 LEGAL = r"(licen[cs]e|notice|copying|use_policy)[\w.-]*$"        # files that go with the weights
 
 
@@ -43,6 +44,7 @@ def write_graph(part: Part, folder: Path) -> dict[str, Any]:
     """Write the decoder, sampler.onnx, adapters and what the layout's own program needs beside the
     files of `copy_base_files`; returns the entries of export.json on them."""
     config, sizes, name = part.config, part.tree.config, "model.onnx"
+    half = PRECISIONS[config.precision].half
     stops = read_json(folder / "generation_config.json")["eos_token_id"]
     if config.target == "npu":
         write_npu(folder, part.tree, config.form, part.ranges)
@@ -66,7 +68,7 @@ def write_graph(part: Part, folder: Path) -> dict[str, Any]:
                 name: [leaf.weight.bits, leaf.weight.size]
                 for name, leaf in part.tree.named_modules()
                 if isinstance(getattr(leaf, "weight", None), BlockWeight)},
-            "cache_type": "float16" if config.precision in (*HALF, *NPU_PRECISIONS) else "float32",
+            "cache_type": "float16" if config.target == "npu" or half else "float32",
             "contract": contract(folder, name, config.target, stops),
             **({"soc": config.chip} if config.chip else {})}
 

@@ -28,7 +28,7 @@ from ..model.decoder import CausalLM
 from ..model.quantize import dequantize, quantize
 from .leaves import AdapterLinear, flat, matrix
 from .nodes import Graph
-from .weights import HALF, GraphFormat, WeightStore
+from .weights import GraphFormat, WeightStore
 
 A_BITS = 8                      # of lora_A beside a base in blocks
 
@@ -40,7 +40,7 @@ def round_experts(tree: CausalLM, form: GraphFormat) -> None:
     layers: Any = expert_layers(tree)
     for layer in layers.values():
         bits, block = storage(layer)
-        if bits and form.precision not in HALF:
+        if bits and form.dtype != torch.float16:
             layer.stored_A = quantize(layer.lora_A.flatten(0, 1), A_BITS, block)
             layer.lora_A = nn.Parameter(dequantize(layer.stored_A).view_as(layer.lora_A))
 

@@ -54,7 +54,7 @@ def with_precision(config: ExportConfig, has_texts: bool) -> ExportConfig:
     if config.size and not has_texts:
         raise ValueError("--size chooses bits by what texts show: export a RUN, or give "
                          "--prompts FILE")
-    block = None if config.size or precision == "w8a16" or not any(PRECISIONS[precision]) else (
+    block = None if config.size or precision == "w8a16" or not PRECISIONS[precision].rounds else (
         config.block or BLOCK)
     return replace(config, precision=precision, block=ROW if precision == "q8" else block)
 
@@ -93,9 +93,10 @@ def in_words(config: ExportConfig, has_texts: bool) -> str:
     blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else (
         ", 4 or 8 bits a matrix" if config.size else "")
     floats = f"; --precision fp{16 if config.target == 'npu' else 32} keeps floats"
-    nearest = "" if has_texts or 4 not in PRECISIONS[config.precision] else (
+    stored = PRECISIONS[config.precision]
+    nearest = "" if has_texts or stored.layers != 4 else (
         ", each number rounded to the nearest (--prompts FILE rounds for what the model reads)")
-    return f"writes {what}{blocks}{nearest}{floats if any(PRECISIONS[config.precision]) else ''}"
+    return f"writes {what}{blocks}{nearest}{floats if stored.rounds else ''}"
 
 
 def check_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:

@@ -29,11 +29,12 @@ from . import compare
 from . import scores as scoring
 from .compare import FEW, TOKENS, Prompts
 from .leaves import AdapterLinear, flat, matrix
+from .part import Part, sharing_copy
 from .plan import check_prompts
 from .scores import MERGED, ROUNDED, accuracy, accuracy_in_torch, shares
 from .settings import ExportConfig, Source
-from .tree import Part, sharing_copy, widened
-from .weights import HALF
+from .ship import widened
+from .weights import PRECISIONS
 
 Figures = dict[str | None, dict[str, Any]]       # by adapter; None: without any
 Written = tuple[str, Tensor | None, Tensor]      # a name, what is in a file, and what has to be
@@ -87,7 +88,8 @@ def check_shipped(part: Part, source: Source, generator: Generator, prompts: Pro
         figures[adapter] |= compare.compare_texts(
             without_experts(source.model) if alone else source.model, generator, prompts, texts,
             most)
-        show_logits(adapter or config.task or source.name, figures[adapter])
+        show_logits(adapter or config.task or source.name, figures[adapter],
+                    "the trimmed model" if source.whole else "the trained model")
 
 
 def check_provider(part: Part, generator: Generator, other: Generator, name: str, prompts: Prompts,
@@ -196,7 +198,7 @@ def rounding_explains(config: ExportConfig, exact: bool = False) -> float:
     of the `exact` one."""
     if config.form.rounds_activations and not exact:
         return BITS8
-    if config.precision in HALF:
+    if PRECISIONS[config.precision].half:
         return ROUTED_FLOAT16 if config.routing == "dynamic" else FLOAT16
     return BITS16 if config.target == "npu" else FLOAT32
 

@@ -21,13 +21,28 @@ from ..model.quantize import BLOCK, ROW, Blocks, columns
 from .leaves import matrix
 from .nodes import Graph
 
-# Bits of linear layers, and of embedding and head, which lose most in few bits.
+
+class Precision(NamedTuple):
+    """How a graph stores weights: their bits, or 0 for floats; and what takes such a graph."""
+
+    layers: int = 0                          # bits of linear layers
+    vocabulary: int = 0                      # bits of embedding and head, which lose most in few
+    half: bool = False                       # whether activations are float16
+    targets: tuple[str, ...] = ("ort", "portable")
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are in few bits."""
+        return self.layers > 0
+
+
 # q8 and q4f16 are transformers.js's names: rows of 8 bits for WASM, and int4 in float16 for WebGPU.
-# w8a16 and w4a16, for NPUs, have activations in 16 bits.
-PRECISIONS = {"fp32": (0, 0), "fp16": (0, 0), "int8": (8, 8), "int4-8": (4, 8), "int4": (4, 4),
-              "q8": (8, 8), "q4f16": (4, 4), "w8a16": (8, 8), "w4a16": (4, 8)}
-NPU_PRECISIONS = ("fp16", "w8a16", "w4a16")
-HALF = ("fp16", "q4f16")        # activations are float16
+# w8a16 and w4a16 have activations in 16 bits.
+PRECISIONS = {
+    "fp32": Precision(), "fp16": Precision(half=True, targets=("ort", "portable", "npu")),
+    "int8": Precision(8, 8), "int4-8": Precision(4, 8), "int4": Precision(4, 4),
+    "q8": Precision(8, 8, targets=("ort",)), "q4f16": Precision(4, 4, True, ("ort",)),
+    "w8a16": Precision(8, 8, targets=("npu",)), "w4a16": Precision(4, 8, targets=("npu",))}
 
 
 class Storage(NamedTuple):
@@ -62,7 +77,7 @@ class GraphFormat:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the activations."""
-        return torch.float16 if self.precision in HALF else torch.float32
+        return torch.float16 if PRECISIONS[self.precision].half else torch.float32
 
     @property
     def rows(self) -> bool:
@@ -72,7 +87,7 @@ class GraphFormat:
     @property
     def rounds(self) -> bool:
         """Whether any weight is stored in few bits."""
-        return any(PRECISIONS[self.precision])
+        return PRECISIONS[self.precision].rounds
 
     @property
     def rounds_activations(self) -> bool:
@@ -83,9 +98,10 @@ class GraphFormat:
     def options_of(self, name: str) -> list[Storage]:
         """The ways to store the matrix of a module in few bits, of which one is chosen; none if it
         stays in floats."""
-        bits = PRECISIONS[self.precision][".layers." not in name]
-        whole = self.rows or bits == 8 and self.precision in NPU_PRECISIONS
-        usual = Storage(bits, ROW if whole else self.block)
+        precision = PRECISIONS[self.precision]
+        bits = precision.layers if ".layers." in name else precision.vocabulary
+        whole_rows = self.rows or bits == 8 and self.target == "npu"
+        usual = Storage(bits, ROW if whole_rows else self.block)
         if not self.chooses:
             return [usual] if bits else []
         if self.target == "npu":

@@ -19,10 +19,11 @@ from . import layouts, verify
 from .calibration import shuffled_samples
 from .contract import golden
 from .leaves import vocabularies
+from .part import Part
 from .plan import check_prompts, in_words, matrix_bytes, nbytes, resolved
 from .ranges import refuse_float16
 from .settings import ExportConfig, Source
-from .tree import Part, in_float32, ship
+from .ship import in_float32, ship
 
 SHARD = 64_000_000                           # bytes
 

@@ -11,8 +11,9 @@ the square. Harms add up, so bits go, step by step, where harm falls most a byte
 Letters: B samples of a batch, T tokens, N rows of a layer's input, O options, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 from .hooks import measuring
 from .loss import CHUNK
 
+TOKENS = 6144                    # of the texts, on which harm is measured: 1460 chose worse
+AT_ONCE = 640                    # of them: 1 MB of activations each (SmolLM2-135M)
 # Of a module: for each of its options, a function that computes dW (out, in), or (V, D).
 Options = Sequence[Callable[[], Tensor]]
 
@@ -127,6 +130,18 @@ class _Sums(torch.autograd.Function):
         if len(rows) < mask.numel():                     # rows of real tokens alone
             rows = rows.new_zeros(*mask.shape, rows.shape[1]).masked_scatter_(mask[..., None], rows)
         return dy, rows.view(*mask.shape, -1).sum(1), None, None, None, None
+
+
+def few_tokens(tasks: Mapping[str, Sequence[Sequence[Tensor]]]) -> Iterator[Sequence[Tensor]]:
+    """The batches of all tasks in turn, in parts of at most AT_ONCE tokens if possible, until they
+    have TOKENS."""
+    left = TOKENS
+    for batch in (b for in_turn in zip_longest(*tasks.values()) for b in in_turn if b):
+        lines = max(1, AT_ONCE // batch[1].shape[1])
+        for part in zip(*(tensor.split(lines) for tensor in batch)):
+            if left > 0:
+                left -= int(part[1].sum())
+                yield part
 
 
 def spend(harm: Mapping[str, Sequence[float]], cost: Mapping[str, Sequence[int]], budget: float,

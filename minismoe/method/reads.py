@@ -6,7 +6,7 @@ Letters: T tokens, D inputs of a layer.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ HOLD = 4                                     # one sample of so many is held out
 
 @torch.no_grad()
 def reads(layers: Mapping[str, nn.Module], runs: Iterable[Callable[[], Any]],
-          ) -> Iterator[tuple[list[str], Tensor]]:
-    """The layers' names, group by group, and x (T, D) in float32 or better that a group reads.
-    Each of `runs` runs the layers on a batch."""
+          ) -> dict[tuple[str, ...], Tensor]:
+    """What the layers read, x (T, D) in float32 or better, by the names of those that read the
+    same. Each of `runs` runs the layers on a batch."""
     names = {layer: name for name, layer in layers.items()}
     seen: list[tuple[Tensor, list[str]]] = []        # in one call: an input, and who reads it
     parts = defaultdict[tuple[str, ...], list[Tensor]](list)         # of all calls, by group
@@ -38,8 +38,7 @@ def reads(layers: Mapping[str, nn.Module], runs: Iterable[Callable[[], Any]],
                 parts[tuple(group)].append(x.reshape(-1, x.shape[-1]).to(
                     torch.promote_types(x.dtype, torch.float32)))
             seen.clear()
-    for names_of_group in [*parts]:
-        yield [*names_of_group], torch.cat(parts.pop(names_of_group))
+    return {group: torch.cat(parts.pop(group)) for group in [*parts]}
 
 
 def gram(x: Tensor) -> Tensor:

@@ -26,12 +26,13 @@ from tqdm import tqdm
 import export
 from minismoe.cli import script
 from minismoe.data.tasks import Example, collate, encode
-from minismoe.export import tree as trees
-from minismoe.export.bits import change, harm_of
 from minismoe.export.calibration import calibration_batches
 from minismoe.export.leaves import matrix, put_weight
+from minismoe.export.part import Part, sharing_copy
 from minismoe.export.plan import with_precision
+from minismoe.export.rounding import change, harm_of
 from minismoe.export.settings import ExportConfig, Source
+from minismoe.export.ship import fits_to_make, freeze_and_round
 from minismoe.io.flags import above_zero, positive
 from minismoe.method.bits import spend, total
 from minismoe.method.freeze import merge
@@ -161,10 +162,10 @@ def main(argv: Sequence[str]) -> None:
     batches, unseen = (calibration_batches({
         task: random.Random(args.seed).sample(examples, len(examples))
         for task, examples in lines.items()}, source) for lines in (source.examples, source.unseen))
-    fits = trees.fits_to_make(config, source, batches)
-    part = trees.Part(config, mixture, fits)
-    trees.freeze_and_round([part], source.model, batches, fits)
-    merge(tree := trees.sharing_copy(mixture), fits[None])
+    fits = fits_to_make(config, source, batches)
+    part = Part(config, mixture, fits)
+    freeze_and_round([part], source.model, batches, fits)
+    merge(tree := sharing_copy(mixture), fits[None])
     tree.eval().requires_grad_(False)
     harm = harm_of(part.in_4_bits, tree, source.model, unseen)
     ways_of = part.config.form.options_of
@@ -190,7 +191,7 @@ def main(argv: Sequence[str]) -> None:
             "llama.cpp's rule": q4_k_m(names, source.model.config.num_hidden_layers)}
     rows = []
     for way, chosen in tqdm(ways.items(), "ways"):
-        stored = trees.sharing_copy(tree)
+        stored = sharing_copy(tree)
         for name in names:
             blocks = options[name][chosen[name]]
             put_weight(stored, name, BlockWeight(blocks, torch.float32))

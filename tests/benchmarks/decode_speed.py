@@ -107,8 +107,9 @@ def export(model: Path, folder: Path, side: str) -> None:
     from minismoe.export import graph, steps
     from minismoe.export.layouts import copy_base_files
     from minismoe.export.mixture import round_experts
+    from minismoe.export.part import Part
     from minismoe.export.settings import ExportConfig
-    from minismoe.export.tree import Part, freeze_and_round
+    from minismoe.export.ship import freeze_and_round
     from minismoe.method.experts import ExpertLinear, linear_layers
     base = load_model(model, torch.float32)
     config = base.config

@@ -35,9 +35,10 @@ from minismoe.data.tasks import Task
 from minismoe.export import layouts
 from minismoe.export.calibration import shuffled_samples
 from minismoe.export.compare import logits
+from minismoe.export.part import Part
 from minismoe.export.plan import resolved
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.export.tree import Part, ship
+from minismoe.export.ship import ship
 from minismoe.io.files import read_json, write_json
 from minismoe.io.progress import progress_bar
 from minismoe.io.text import table

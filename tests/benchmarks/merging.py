@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import export
 from minismoe.export.calibration import calibration_batches, shuffled_samples
+from minismoe.export.part import sharing_copy
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.export.tree import fits_to_make, freeze_and_round, sharing_copy
+from minismoe.export.ship import fits_to_make, freeze_and_round
 from minismoe.io.text import clean, table
 from minismoe.method.freeze import Fit, merge
 from minismoe.training.evaluate import evaluate, questions

@@ -29,13 +29,23 @@ from minismoe.cli import inputs as cli_inputs
 from minismoe.cli.export_flags import parse
 from minismoe.data.tasks import Example
 from minismoe.data.tokenizer import load_tokenizer
-from minismoe.export import calibration, compare, layouts, plan, ranges, scores, tree, verify, write
+from minismoe.export import (
+    calibration,
+    compare,
+    layouts,
+    plan,
+    ranges,
+    scores,
+    verify,
+    write,
+)
 from minismoe.export import graph as graphs
+from minismoe.export import ship as shipping
 from minismoe.export.calibration import shuffled_samples
 from minismoe.export.leaves import vocabularies
 from minismoe.export.nodes import Graph
+from minismoe.export.part import Part, sharing_copy
 from minismoe.export.settings import ExportConfig
-from minismoe.export.tree import sharing_copy
 from minismoe.export.write import export_model
 from minismoe.io import progress
 from minismoe.io.files import read_json, write_json
@@ -502,7 +512,7 @@ def test_harm_is_measured_on_lines_that_the_run_was_not_trained_on(run: Path) ->
 
     def bits(**unseen: Sequence[Example]) -> dict[str, int]:
         given = replace(source, unseen=unseen)
-        (part,) = tree.ship([config], given, given.model, shuffled_samples(config, given))
+        (part,) = shipping.ship([config], given, given.model, shuffled_samples(config, given))
         return {name: layer.weight.blocks.bits for name, layer in part.tree.named_modules()
                 if isinstance(layer, BlockLinear)}
 
@@ -517,12 +527,12 @@ def test_activations_of_prompts_are_those_of_their_answers_too(
         run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lines").write_text("say 5\nsay 77\n" + "x" * 999)
     seen: list[Any] = []
-    monkeypatch.setattr(tree, "activation_ranges", lambda *given: seen.append(given) or {})
+    monkeypatch.setattr(shipping, "activation_ranges", lambda *given: seen.append(given) or {})
     config = ExportConfig(run=str(run), prompts=str(tmp_path / "lines"), precision="w8a16",
                           target="npu", dtype="float32")
     source = export.load_run(config)
     samples = shuffled_samples(config, source)
-    tree.ship([config], source, source.model, samples)
+    shipping.ship([config], source, source.model, samples)
     ((model, found),) = seen
     prompts = [e.ids[:128 - ranges.ANSWER] for e in samples["prompts"]]
     answers = generate(model, prompts, ranges.ANSWER, source.tokenizer.stop_ids)
@@ -673,7 +683,7 @@ def test_what_differs_from_pytorch_is_not_kept(run: Path, tmp_path: Path, flags:
         layouts.write_weights
     export_model(config, source, tmp_path / "whole")
 
-    def wrong_graph(part: tree.Part, folder: Path) -> dict[str, Any]:
+    def wrong_graph(part: Part, folder: Path) -> dict[str, Any]:
         part.tree.model.norm.weight.data *= 1.5
         info = write_graph(part, folder)
         part.tree.model.norm.weight.data /= 1.5
@@ -711,7 +721,7 @@ def test_damage_after_the_exact_check_is_seen_in_the_session_that_ships(
         run: Path, tmp_path: Path, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check = verify.check_exact
 
-    def damaging(part: tree.Part, folder: Path, *rest: Any) -> None:
+    def damaging(part: Part, folder: Path, *rest: Any) -> None:
         check(part, folder, *rest)
         (file,) = folder.rglob("*.onnx*data")
         content = bytearray(file.read_bytes())

@@ -14,9 +14,10 @@ from torch import Tensor
 import export
 from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
-from minismoe.export import compare, scores, tree
+from minismoe.export import compare, scores, ship
 from minismoe.export.calibration import Calibration, shuffled_samples, unlabelled
 from minismoe.export.layouts import copy_base_files, write_genai
+from minismoe.export.part import Part, sharing_copy
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.io.files import read_json
 from minismoe.method.experts import expert_layers
@@ -39,14 +40,14 @@ def test_prompts_are_turns_of_a_user_and_end_at_the_context(tmp_path) -> None:
 def test_a_task_is_rounded_on_its_own_samples(task, routing, monkeypatch, tmp_path) -> None:
     """Two graphs share one pass through the layers."""
     model, read = model_of(dtype=torch.float32), []
-    monkeypatch.setattr(tree, "calibration_batches", lambda samples, source: {
+    monkeypatch.setattr(ship, "calibration_batches", lambda samples, source: {
         name: tasks()[name] for name in samples})
-    monkeypatch.setattr(tree, "Calibration", lambda model, batches: read.append(
+    monkeypatch.setattr(ship, "Calibration", lambda model, batches: read.append(
         [*batches]) or Calibration(model, batches))
     source = Source(tmp_path, tmp_path, "", model, SimpleNamespace(pad_id=0),
                     examples={"a": [], "b": []})
     config = ExportConfig(precision="int4", block=32, task=task, routing=routing)
-    trees = tree.ship([config] * 2, source, model, shuffled_samples(config, source))
+    trees = ship.ship([config] * 2, source, model, shuffled_samples(config, source))
     assert read == [["a"] if task else ["a", "b"]]
     leaf = trees[0].tree.get_submodule(ROUTED[0])
     assert type(leaf).__name__ == ("BlockLinear" if routing == "merge" else "ExpertLinear")
@@ -54,7 +55,7 @@ def test_a_task_is_rounded_on_its_own_samples(task, routing, monkeypatch, tmp_pa
 
 def test_a_copy_shares_every_weight() -> None:
     model = model_of()
-    copied = tree.sharing_copy(model)
+    copied = sharing_copy(model)
     assert copied.state_dict().keys() == model.state_dict().keys()
     for (name, ours), (_, theirs) in zip(copied.named_parameters(), model.named_parameters()):
         assert ours is theirs, name
@@ -65,7 +66,7 @@ def test_a_copy_shares_every_weight() -> None:
 def test_a_base_in_16_bits_is_merged_in_float32() -> None:
     model = model_of(dtype=torch.bfloat16).to(torch.float32)
     fits = {name: exact(layer) for name, layer in expert_layers(model).items()}
-    part = tree.Part(ExportConfig(precision="fp32"), model, {None: fits})
+    part = Part(ExportConfig(precision="fp32"), model, {None: fits})
     part.place([*fits])
     for name, linear in fits.items():
         merged = part.tree.get_submodule(name).weight

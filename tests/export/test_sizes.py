@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from tiny import padded, save_bytes_model
 from torch import Tensor
 
-from minismoe.export import bits
-from minismoe.export.bits import choose_bits
+from minismoe.export.part import sharing_copy
 from minismoe.export.plan import with_precision
+from minismoe.export.rounding import choose_bits, harm_of
 from minismoe.export.settings import ExportConfig
-from minismoe.export.tree import freeze_and_round, sharing_copy
+from minismoe.export.ship import freeze_and_round
 from minismoe.export.weights import GraphFormat
+from minismoe.method import bits
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
 from minismoe.model.quantize import Blocks, dequantize, quantize
@@ -90,7 +91,7 @@ def test_an_embedding_beside_a_head_of_its_own_is_rounded_to_the_nearest(batches
     for blocks in options["model.embed_tokens"]:
         plain = quantize(model.model.embed_tokens.weight, 4, blocks.size)
         assert torch.equal(blocks.data, plain.data)
-    assert all(harm > 0 for ways in bits.harm_of(options, model, model, batches).values()
+    assert all(harm > 0 for ways in harm_of(options, model, model, batches).values()
                for harm in ways)
 
 
@@ -117,7 +118,7 @@ def test_texts_are_taken_in_turn_and_in_small_parts(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(bits, "TOKENS", 95)
     ones, twos = (torch.full((3, 10), n) for n in (1, 2))
     batches = {"a": [(ones, torch.ones_like(ones))] * 9, "b": [(twos, torch.ones_like(twos))]}
-    parts = [(int(ids[0, 0]), len(ids)) for ids, _ in bits.few(batches)]
+    parts = [(int(ids[0, 0]), len(ids)) for ids, _ in bits.few_tokens(batches)]
     assert parts == [(1, 2), (1, 1), (2, 2), (2, 1), (1, 2), (1, 1), (1, 2)]
 
 

@@ -183,7 +183,7 @@ def test_batches_and_pads_change_nothing(size: int) -> None:
 def test_layers_that_read_the_same_are_one_group() -> None:
     model, (ids, mask, _) = model_of(), batch(0)
     found = {" ".join(name.split(".")[-1][0] for name in names): x for names, x in groups(
-        expert_layers(model), [partial(model.model, ids, mask)] * 2)}
+        expert_layers(model), [partial(model.model, ids, mask)] * 2).items()}
     assert [*found] == ["q k v", "o", "g u", "d"]        # of the second layer, which comes last
     assert found["q k v"].shape == (2 * mask.sum(), D)
 
@@ -195,8 +195,9 @@ def test_a_prefix_that_texts_share_counts_as_often_as_it_is_there() -> None:
         [(ids, mask)], [(ids[i:i + 1], mask[i:i + 1]) for i in range(8)]))
     assert len(together.times) == mask.sum() - 14 and len(apart.times) == mask.sum()
     for number in range(2):
-        for (names, x), (same_names, y) in zip(together.through(number), apart.through(number)):
-            assert [*names] == [*same_names]
+        found, same = together.run_layer(number), apart.run_layer(number)
+        assert [*found] == [*same]
+        for x, y in zip(found.values(), same.values()):
             torch.testing.assert_close(together.factor(x), apart.factor(y))
 
 
