@@ -148,7 +148,7 @@ def load_base(config: ExportConfig, scratch: Path = Path()) -> Source:
     trimmed = scratch / "base"
     trimming.trim(source.base, model, tokenizer, {"": unlabelled(config.prompts, source)}, (),
                   config.vocab, trimmed)
-    return replace(source, base=trimmed, model=cli.load_base(settings, trimmed),
+    return replace(source, base=trimmed, trained=cli.load_base(settings, trimmed),
                    tokenizer=load_tokenizer(trimmed))
 
 

@@ -58,7 +58,7 @@ def rounded(tree: CausalLM, form: GraphFormat, model: CausalLM | None = None,
     """A copy of a tree in few bits, rounded for what a model reads on batches."""
     part = part_of(tree, form)
     freeze_and_round([part], model or tree, batches or {}, {})
-    return part.tree
+    return part.shipped
 
 
 def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.tasks import Batch, probe_batches
-from ..export.leaves import matrix
+from ..export.layers import matrix
 from ..export.rounding import harm_of
 from ..io.drawing import terminal_heatmap
 from ..io.files import naming, read_json

@@ -108,7 +108,7 @@ def print_logprobs(before: Mapping[str, float], after: Mapping[str, float]) -> N
 def hint(source: Source, rows: int, size: int) -> str:
     """What --vocab would make of an export of `size` bytes, of which embedding and head take
     `rows`; "" for a tokenizer that it refuses."""
-    total, count = source.model.config.vocab_size, 32768     # 16384 cost one run of six 0.1 nats
+    total, count = source.trained.config.vocab_size, 32768     # 16384 cost one run of six 0.1 nats
     with suppress(FileNotFoundError, ValueError):
         BPE(read_json(source.base / "tokenizer.json"))
         if total > count:

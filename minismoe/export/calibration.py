@@ -23,7 +23,7 @@ from ..method.reads import HOLD, reads
 from ..model.decoder import CausalLM
 from ..model.tokens import Tokens
 from .gptq import DAMPING, factor
-from .leaves import routed
+from .layers import routed
 from .settings import ExportConfig, Source
 
 SAMPLES, BATCH = 64, 32          # of each task, and at once
@@ -52,7 +52,7 @@ def unlabelled(file: str, source: Source) -> list[Example]:
     prompts = [[{"role": "user", "content": line}] for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{file} holds no prompt")
-    render, most = source.tokenizer.render, source.model.config.max_position_embeddings
+    render, most = source.tokenizer.render, source.trained.config.max_position_embeddings
     ids = [source.tokenizer.encode(render(p, add_generation_prompt=True))[0] for p in prompts]
     return [Example("prompts", tokens[:most], [IGNORE] * len(tokens[:most])) for tokens in ids]
 

@@ -74,31 +74,31 @@ def compare_texts(model: CausalLM, generator: Generator, prompts: Prompts, texts
         "texts": len(texts), "texts_equal": same}
 
 
-def compare_exact(tree: CausalLM, generator: Generator, prompts: Prompts, tolerance: float,
+def compare_exact(shipped: CausalLM, generator: Generator, prompts: Prompts, tolerance: float,
                   ) -> dict[str, float]:
-    """Compare a session that rounds no activations with the tree that its graph was written from,
+    """Compare a session that rounds no activations with the model that its graph was written from,
     along the last tokens of prompts, as it may be slow; two prompts suffice beside long ones.
     Raises ValueError as `compare_logits` does."""
     npu = generator.info["target"] == "npu"
     hint = ", or too few texts showed its activations: give more --prompts" if npu else ""
     count = min(FEW, generator.room(max(map(len, prompts))))     # a static past may hold few
-    read, texts = with_long(generator, tree, *last_tokens(prompts, count))
+    read, texts = with_long(generator, shipped, *last_tokens(prompts, count))
     last = slice(-4, None) if len(read) > len(prompts) else slice(None)
     figures = compare_logits(
-        logits(tree, read[last], texts[last]), logits(generator, read[last], texts[last]),
+        logits(shipped, read[last], texts[last]), logits(generator, read[last], texts[last]),
         tolerance, f"the export is not what PyTorch computes with the weights that it stores{hint}")
     return {"graph_error": figures["logits_error"]}
 
 
-def compare_shipped(tree: CausalLM, generator: Generator, prompts: Prompts, texts: Prompts,
+def compare_shipped(shipped: CausalLM, generator: Generator, prompts: Prompts, texts: Prompts,
                     tolerance: float, rounds: bool) -> dict[str, float]:
-    """Compare the session that ships with the tree that its graph was written from, along its own
+    """Compare the session that ships with the model that its graph was written from, along its own
     greedy texts. rounds: it rounds activations, which may explain more than the tolerance. Raises
-    ValueError as `compare_logits` does, and if the session takes a token that the tree finds less
+    ValueError as `compare_logits` does, and if the session takes a token that the model finds less
     likely than another, by more than both differences."""
-    wanted, given = logits(tree, prompts, texts), logits(generator, prompts, texts)
+    wanted, given = logits(shipped, prompts, texts), logits(generator, prompts, texts)
     if rounds and compare_logits(wanted, given)["logits_error"] > tolerance:
-        tolerance = max(tolerance, EXPLAINED * rounding_error(tree, prompts, texts, wanted))
+        tolerance = max(tolerance, EXPLAINED * rounding_error(shipped, prompts, texts, wanted))
     figures = compare_logits(wanted, given, tolerance)
     for of_text, text in zip(wanted, texts):
         behind = of_text[:-1].amax(-1) - of_text[range(len(text)), text]
@@ -108,19 +108,19 @@ def compare_shipped(tree: CausalLM, generator: Generator, prompts: Prompts, text
     return {"shipped_error": figures["logits_error"]}
 
 
-def rounding_error(tree: CausalLM, prompts: Prompts, texts: Prompts, wanted: Sequence[Tensor],
+def rounding_error(shipped: CausalLM, prompts: Prompts, texts: Prompts, wanted: Sequence[Tensor],
                    ) -> float:
-    """How far the logits of a tree are from those `wanted` if what its blocks multiply is rounded
-    to 8 bits, with one scale a row: kernels have as many scales, or more."""
+    """How far the logits of a model that ships are from those `wanted` if what its blocks multiply
+    is rounded to 8 bits, with one scale a row: kernels have as many scales, or more."""
     def rounded(layer: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
         step = args[0].abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
         return (args[0] / step).round() * step
 
     with ExitStack() as hooks:
-        for layer in tree.modules():
+        for layer in shipped.modules():
             if isinstance(layer, nn.Linear) and isinstance(layer.weight, BlockWeight):
                 hooks.enter_context(layer.register_forward_pre_hook(rounded))
-        return compare_logits(wanted, logits(tree, prompts, texts))["logits_error"]
+        return compare_logits(wanted, logits(shipped, prompts, texts))["logits_error"]
 
 
 def last_tokens(prompts: Prompts, count: int = FEW) -> tuple[Prompts, Prompts]:

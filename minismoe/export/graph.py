@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..model.decoder import CausalLM
 from ..model.delta import EPS as DELTA_EPS
-from .leaves import matrix
+from .layers import matrix
 from .mixture import LinearLayers
 from .nodes import Graph
 from .positions import END, Positions

@@ -43,17 +43,17 @@ LEGAL = r"(licen[cs]e|notice|copying|use_policy)[\w.-]*$"        # files that go
 def write_graph(part: Part, folder: Path) -> dict[str, Any]:
     """Write the decoder, sampler.onnx, adapters and what the layout's own program needs beside the
     files of `copy_base_files`; returns the entries of export.json on them."""
-    config, sizes, name = part.config, part.tree.config, "model.onnx"
+    config, sizes, name = part.config, part.shipped.config, "model.onnx"
     half = PRECISIONS[config.precision].half
     stops = read_json(folder / "generation_config.json")["eos_token_id"]
     if config.target == "npu":
-        write_npu(folder, part.tree, config.form, part.ranges)
+        write_npu(folder, part.shipped, config.form, part.ranges)
         if config.chip:
             compile_npu(folder, config.chip)
     elif config.layout == "web":
-        name = write_web(folder, part.tree, config.form, stops)
+        name = write_web(folder, part.shipped, config.form, stops)
     else:
-        write_decoder(folder / name, part.tree, config.form)
+        write_decoder(folder / name, part.shipped, config.form)
     if config.layout == "genai":
         write_genai(folder, config.context or 0, config.target == "ort")
     write_sampler(folder / "sampler.onnx", sizes.vocab_size)
@@ -66,7 +66,7 @@ def write_graph(part: Part, folder: Path) -> dict[str, Any]:
             "kv_heads": sizes.num_key_value_heads, "head_dim": sizes.head_dim,
             "vocab_size": sizes.vocab_size, "adapters": adapters, "bits": {
                 name: [leaf.weight.bits, leaf.weight.size]
-                for name, leaf in part.tree.named_modules()
+                for name, leaf in part.shipped.named_modules()
                 if isinstance(getattr(leaf, "weight", None), BlockWeight)},
             "cache_type": "float16" if config.target == "npu" or half else "float32",
             "contract": contract(folder, name, config.target, stops),

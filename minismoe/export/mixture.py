@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..method.experts import ExpertLinear, expert_layers
 from ..model.decoder import CausalLM
 from ..model.quantize import dequantize, quantize
-from .leaves import AdapterLinear, flat, matrix
+from .layers import AdapterLinear, flat, matrix
 from .nodes import Graph
 from .weights import GraphFormat, WeightStore
 
@@ -34,10 +34,10 @@ A_BITS = 8                      # of lora_A beside a base in blocks
 
 
 @torch.no_grad()
-def round_experts(tree: CausalLM, form: GraphFormat) -> None:
-    """Round lora_A of the experts of the tree, in place, as a graph of that form stores it: each
-    parameter holds what the blocks, `stored_A`, stand for."""
-    layers: Any = expert_layers(tree)
+def round_experts(shipped: CausalLM, form: GraphFormat) -> None:
+    """Round lora_A of the experts of a model that ships, in place, as a graph of that form stores
+    it: each parameter holds what the blocks, `stored_A`, stand for."""
+    layers: Any = expert_layers(shipped)
     for layer in layers.values():
         bits, block = storage(layer)
         if bits and form.dtype != torch.float16:

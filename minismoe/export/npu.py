@@ -28,7 +28,7 @@ from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, Blocks, columns
 from ..runtime.providers import find_device, open_session
 from .graph import DecoderBuilder
-from .leaves import matrix
+from .layers import matrix
 from .nodes import Graph
 from .positions import causal
 from .ranges import Range, Ranges

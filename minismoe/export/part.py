@@ -1,4 +1,4 @@
-"""One graph of an export, or its folder of weights, on its way: a tree of modules that ships.
+"""One graph of an export, or its folder of weights: its settings, and the model that ships.
 
 Each linear layer of the run becomes what the folder stores in its place:
 
@@ -7,7 +7,7 @@ Each linear layer of the run becomes what the folder stores in its place:
     dynamic    the ExpertLinear as it was trained, beside floats or blocks
     adapters   an AdapterLinear, beside floats or blocks
 
-The writer of graphs, the check and the ranges of NPUs take this tree.
+The writer of graphs, the check and the ranges of NPUs take this model.
 """
 
 import copy
@@ -21,30 +21,30 @@ from ..method.experts import ExpertLinear, expert_layers
 from ..method.freeze import TaskFits, frozen_layer
 from ..model.decoder import CausalLM
 from ..model.quantize import BlockLinear, Blocks
-from .leaves import AdapterLinear, MergedWeight
+from .layers import AdapterLinear, MergedWeight
 from .ranges import Ranges
 from .settings import ExportConfig
 
 
 class Part:
-    """The settings of a graph, or of a folder of weights, and the tree that it stores.
+    """The settings of a graph, or of a folder of weights, and the model that it stores.
 
-    tree: in float32, on the CPU. fits: of the mixtures; none if they go on routing. ranges: of
+    shipped: in float32, on the CPU. fits: of the mixtures; none if they go on routing. ranges: of
     activations, for an NPU. in_4_bits: of each matrix, the ways that --size may choose.
     """
 
-    def __init__(self, config: ExportConfig, reference: CausalLM, fits: TaskFits):
-        """reference: the source's model in float32. fits: are there when `place` reads them."""
-        self.config, self.reference, self.fits = config, reference, fits
-        self.tree = sharing_copy(reference)
+    def __init__(self, config: ExportConfig, reference_fp32: CausalLM, fits: TaskFits):
+        """reference_fp32: the trained model in float32. fits: are there when `place` reads them."""
+        self.config, self.reference_fp32, self.fits = config, reference_fp32, fits
+        self.shipped = sharing_copy(reference_fp32)
         self.ranges: Ranges = {}
         self.in_4_bits = defaultdict[str, list[Blocks]](list)
 
     def place(self, names: Sequence[str]) -> None:
-        """Put into the tree, in place of some modules, what ships of their experts."""
+        """Put into the shipped model, in place of some modules, what ships of their experts."""
         config = self.config
         for name in names:
-            layer = self.tree.get_submodule(name)
+            layer = self.shipped.get_submodule(name)
             if not isinstance(layer, ExpertLinear) or config.routing == "dynamic":
                 continue
             of_tasks: Any = {task: of_task[name] for task, of_task in self.fits.items()}
@@ -55,13 +55,13 @@ class Part:
                 new = BlockLinear(MergedWeight(layer.weight, of_tasks[config.task]), layer.bias)
             else:
                 new = frozen_layer(layer, of_tasks[config.task])
-            self.tree.set_submodule(name, new)
+            self.shipped.set_submodule(name, new)
 
     def unrounded(self) -> CausalLM:
-        """The tree as it would be if no weight were rounded."""
-        part = Part(self.config, self.reference, self.fits)
-        part.place([*expert_layers(self.reference)])
-        return part.tree
+        """The shipped model as it would be if no weight were rounded."""
+        part = Part(self.config, self.reference_fp32, self.fits)
+        part.place([*expert_layers(self.reference_fp32)])
+        return part.shipped
 
 
 def sharing_copy(model: Any) -> Any:

@@ -10,7 +10,7 @@ from ..model.config import Config
 from ..model.quantize import BLOCK, ROW
 from ..training.evaluate import questions
 from .compare import TOKENS
-from .leaves import vocabularies
+from .layers import vocabularies
 from .settings import ExportConfig, Source
 from .weights import PRECISIONS
 
@@ -28,10 +28,10 @@ def resolved(config: ExportConfig, source: Source) -> list[ExportConfig]:
     graphs = [with_precision(graph, has_texts)
               for graph in [replace(config, precision="q4f16")] * both + [config]]
     context, static = sizes_of(config, source)
-    norm = source.model.model.norm.weight
+    norm = source.trained.model.norm.weight
     for graph in graphs:
         if graph.graph:
-            refuse(source.model.config, graph.target, graph.block or BLOCK, static)
+            refuse(source.trained.config, graph.target, graph.block or BLOCK, static)
             if graph.size and (least := nbytes(graph, source)) > graph.size * 1e6:
                 raise ValueError(f"--size {graph.size}: the matrices take {least / 1e6:.3f} MB at "
                                  "least")
@@ -63,7 +63,7 @@ def nbytes(config: ExportConfig, source: Source) -> int:
     """The bytes that weights take in the folder, at least."""
     if config.layout == "hf":
         return sum(file.stat().st_size for file in weight_files(source.base))
-    layers = expert_layers(source.model).values()
+    layers = expert_layers(source.trained).values()
     if config.layout == "peft":              # all are filled up to the largest rank
         return 4 * max((layer.experts * layer.rank for layer in layers), default=0) * sum(
             layer.in_features + layer.out_features for layer in layers)
@@ -73,14 +73,14 @@ def nbytes(config: ExportConfig, source: Source) -> int:
     else:                                    # lora_A takes a byte each, beside weights in few bits
         beside = ((1 if config.form.rounds else 4) * A + 4 * B) * (config.routing != "merge")
     return beside + matrix_bytes(
-        config, source, *linear_layers(source.model), *vocabularies(source.model))
+        config, source, *linear_layers(source.trained), *vocabularies(source.trained))
 
 
 def matrix_bytes(config: ExportConfig, source: Source, *names: str) -> int:
     """The bytes of some modules' matrices in a graph, at least."""
     form, total = config.form, 0
     for name in names:
-        leaf: Any = source.model.get_submodule(name)
+        leaf: Any = source.trained.get_submodule(name)
         shape = leaf.weight.shape
         total += min((way.nbytes(shape) for way in form.options_of(name)),
                      default=shape.numel() * form.dtype.itemsize)
@@ -111,7 +111,7 @@ def check_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:
 def sizes_of(config: ExportConfig, source: Source) -> tuple[int, tuple[int, int, int] | None]:
     """The context, which holds all texts of the check, and the static sizes. Raises ValueError if
     the context asked for, the model, or a static past is too short for the texts."""
-    longest, tokenizer = source.model.config.max_position_embeddings, source.tokenizer
+    longest, tokenizer = source.trained.config.max_position_embeddings, source.tokenizer
     prompts, answers, npu = check_prompts(source), [0], config.target == "npu"
     for task in source.tasks:
         asked = questions(tokenizer, task, longest)
@@ -121,7 +121,7 @@ def sizes_of(config: ExportConfig, source: Source) -> tuple[int, tuple[int, int,
     needed = min(longest, max(prompt + TOKENS, *answers))
     context, static = config.context or min(longest, max(2048, needed)), config.static
     if npu:                                  # all tokens are in the cache, whose size is fixed
-        windows = [w - NPU_TOKENS for w in source.model.config.windows if w]
+        windows = [w - NPU_TOKENS for w in source.trained.config.windows if w]
         static = static or (
             1, NPU_TOKENS, config.context or max(needed, min(longest, NPU_SLOTS, *windows)))
         context = static[2]

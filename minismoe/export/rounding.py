@@ -19,7 +19,7 @@ from ..model.decoder import CausalLM
 from ..model.quantize import Blocks, BlockWeight, WideWeight, dequantize, quantize
 from .calibration import Batches
 from .gptq import gptq
-from .leaves import matrix, put_weight, vocabularies
+from .layers import matrix, put_weight, vocabularies
 from .part import Part
 from .weights import Storage
 
@@ -27,7 +27,7 @@ from .weights import Storage
 def round_all(part: Part, names: Sequence[str], R: Tensor | None) -> None:
     """Store matrices that read the same in few bits, for inputs whose `factor` is R. With --size,
     keep what each way in 4 bits makes of them: `round_chosen` takes one."""
-    size, weights = part.config.size, [matrix(part.tree.get_submodule(name)) for name in names]
+    size, weights = part.config.size, [matrix(part.shipped.get_submodule(name)) for name in names]
     for way in part.config.form.options_of(names[0]) if names else ():
         if size and way.bits == 8:
             continue                         # rounded once it is chosen
@@ -35,20 +35,20 @@ def round_all(part: Part, names: Sequence[str], R: Tensor | None) -> None:
             if size:
                 part.in_4_bits[name].append(blocks)
             else:
-                put_weight(part.tree, name, BlockWeight(blocks, torch.float32))
+                put_weight(part.shipped, name, BlockWeight(blocks, torch.float32))
 
 
 def round_chosen(part: Part, model: CausalLM, batches: Batches) -> None:
     """Store each matrix in the bits that --size gives it, by the harm to what `model` says on
     batches of texts that it was not trained on, as it is not certain of them."""
-    names = [*linear_layers(part.tree), *vocabularies(part.tree)]
+    names = [*linear_layers(part.shipped), *vocabularies(part.shipped)]
     ways = {name: part.config.form.options_of(name) for name in names}
-    for name, number in choose_bits(ways, part.in_4_bits, part.tree, model, batches,
+    for name, number in choose_bits(ways, part.in_4_bits, part.shipped, model, batches,
                                     part.config.size or 0).items():
         kept, way = part.in_4_bits.pop(name, []), ways[name][number]
         blocks = kept[number] if way.bits == 4 else rounded(     # 4 bits come first
-            [matrix(part.tree.get_submodule(name))], way, part)[0]
-        put_weight(part.tree, name, BlockWeight(blocks, torch.float32))
+            [matrix(part.shipped.get_submodule(name))], way, part)[0]
+        put_weight(part.shipped, name, BlockWeight(blocks, torch.float32))
 
 
 def rounded(weights: Sequence[Tensor], way: Storage, part: Part, R: Tensor | None = None,
@@ -62,15 +62,15 @@ def rounded(weights: Sequence[Tensor], way: Storage, part: Part, R: Tensor | Non
 
 
 def choose_bits(storages: Mapping[str, Sequence[Storage]],
-                in_4_bits: Mapping[str, Sequence[Blocks]], tree: CausalLM, model: CausalLM,
+                in_4_bits: Mapping[str, Sequence[Blocks]], shipped: CausalLM, model: CausalLM,
                 batches: Batches, size: float) -> dict[str, int]:
     """How each module is stored: an index of its `storages`, of which those in 4 bits come first.
     size: megabytes for all of them. The rest is as for `harm_of`."""
     give_back_memory()                       # of freezing and rounding: measuring takes the most
-    leaves: Any = {name: tree.get_submodule(name) for name in storages}
+    leaves: Any = {name: shipped.get_submodule(name) for name in storages}
     shapes: dict[str, torch.Size] = {name: leaf.weight.shape for name, leaf in leaves.items()}
     cost = {name: [way.nbytes(shapes[name]) for way in ways] for name, ways in storages.items()}
-    harm = harm_of(in_4_bits, tree, model, batches)
+    harm = harm_of(in_4_bits, shipped, model, batches)
     # 8 bits do a fiftieth of the harm of 4: none is counted.
     harm = {name: harm.get(name, []) + [0.0] * (len(ways) - len(harm.get(name, [])))
             for name, ways in storages.items()}
@@ -81,11 +81,11 @@ def choose_bits(storages: Mapping[str, Sequence[Storage]],
     return chosen
 
 
-def harm_of(in_4_bits: Mapping[str, Sequence[Blocks]], tree: CausalLM, model: CausalLM,
+def harm_of(in_4_bits: Mapping[str, Sequence[Blocks]], shipped: CausalLM, model: CausalLM,
             batches: Batches) -> dict[str, list[float]]:
-    """{module: the harm of each of its ways in 4 bits}. tree: holds the weights in floats. model:
-    has the same modules, and reads the batches."""
-    changes = {name: [partial(change, tree.get_submodule(name), blocks) for blocks in ways]
+    """{module: the harm of each of its ways in 4 bits}. shipped: holds the weights in floats.
+    model: has the same modules, and reads the batches."""
+    changes = {name: [partial(change, shipped.get_submodule(name), blocks) for blocks in ways]
                for name, ways in in_4_bits.items()}
     return harms(model, changes, progress_bar([*few_tokens(batches)], "harm", unit="batch"))
 

@@ -37,7 +37,7 @@ def scored(source: Source, only: str | None, name: str, measure: Callable[[Task]
     found = Scores()
     for task in source.tasks:
         if only in (None, task.name) and (of_export := measure(task)).examples:
-            own = accuracy_in_torch(source.model, source.tokenizer, task)
+            own = accuracy_in_torch(source.trained, source.tokenizer, task)
             whole = source.whole.get(task.name)
             found[task.name] = ({TRAINED: whole, TRIMMED: own} if whole else {TRAINED: own}) | {
                 name: of_export}

@@ -107,12 +107,15 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: a model with the experts of a run, or a base alone."""
+    """What is exported: a model with the experts of a run, or a base alone.
+
+    Of `trained`, `reference_fp32` is the same in float32, and `Part.shipped` what the folder holds.
+    """
 
     run: Path                                # folder of the run; for a base, a name in runs
     base: Path                               # folder of the base checkpoint
     name: str                                # of the base, as it was given
-    model: CausalLM
+    trained: CausalLM                        # in the dtype of the run; with --vocab, trimmed
     tokenizer: Tokenizer
     tasks: Sequence[Task] = ()
     examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)      # by task

@@ -18,7 +18,7 @@ from ..model.decoder import CausalLM
 from ..model.quantize import WideWeight
 from .calibration import Batches, Calibration, Samples, calibration_batches, shuffled_samples
 from .gptq import DAMPING, TIED_DAMPING
-from .leaves import put_weight, routed, vocabularies
+from .layers import put_weight, routed, vocabularies
 from .mixture import round_experts
 from .part import Part
 from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered
@@ -28,25 +28,25 @@ from .settings import ExportConfig, Source
 MUCH = 0.1                                   # a residual that costs exact match
 
 
-def ship(configs: Sequence[ExportConfig], source: Source, reference: CausalLM, samples: Samples,
-         ) -> list[Part]:
+def ship(configs: Sequence[ExportConfig], source: Source, reference_fp32: CausalLM,
+         samples: Samples) -> list[Part]:
     """The parts of an export, frozen and rounded for samples.
 
     configs: the settings of the parts, which differ in nothing but how weights are stored.
-    reference: the model of the source in float32.
+    reference_fp32: the model of the source in float32.
     """
     batches = calibration_batches(samples, source)
     fits = fits_to_make(configs[0], source, batches)
-    parts = [Part(config, reference, fits) for config in configs]
-    freeze_and_round(parts, source.model, batches, fits)
+    parts = [Part(config, reference_fp32, fits) for config in configs]
+    freeze_and_round(parts, source.trained, batches, fits)
     show_fits(fits)
     for part in parts:
         if part.config.size:
             unseen = shuffled_samples(part.config, source, unseen=True)
-            round_chosen(part, source.model, calibration_batches(unseen, source))
+            round_chosen(part, source.trained, calibration_batches(unseen, source))
         if part.config.graph:
-            round_experts(part.tree, part.config.form)
-        part.ranges = ranges_of(part.config, part.tree, samples, source)
+            round_experts(part.shipped, part.config.form)
+        part.ranges = ranges_of(part.config, part.shipped, samples, source)
     return parts
 
 
@@ -86,19 +86,19 @@ def freeze_and_round(parts: Sequence[Part], model: CausalLM, batches: Batches, f
 def fits_to_make(config: ExportConfig, source: Source, batches: Batches) -> TaskFits:
     """The linear maps of mixtures that the folder holds, of which those of single experts are made;
     none if mixtures go on routing."""
-    layers = expert_layers(source.model)
+    layers = expert_layers(source.trained)
     if config.routing == "dynamic" or not layers:
         return {config.task: {}}
     return no_fits(layers, batches, [*batches] if config.adapters else [config.task])
 
 
-def ranges_of(config: ExportConfig, tree: CausalLM, samples: Samples, source: Source) -> Ranges:
+def ranges_of(config: ExportConfig, shipped: CausalLM, samples: Samples, source: Source) -> Ranges:
     """The ranges of activations on the samples, if an NPU stores them in few bits."""
     if config.target != "npu" or not config.form.rounds:
         return {}
     few = PROMPTS if config.prompts else TEXTS
     texts = [e.ids for examples in samples.values() for e in examples[:few]]
-    return activation_ranges(tree, answered(tree, texts, source.tokenizer.stop_ids)
+    return activation_ranges(shipped, answered(shipped, texts, source.tokenizer.stop_ids)
                              if config.prompts else texts)
 
 
@@ -122,15 +122,15 @@ def show_fits(by_task: TaskFits) -> None:
 
 def in_float32(source: Source) -> CausalLM:
     """The source's model in float32, on the CPU: itself, if it is."""
-    norm, loaded = source.model.model.norm.weight, dict(source.model.named_parameters())
+    norm, loaded = source.trained.model.norm.weight, dict(source.trained.named_parameters())
     if norm.dtype == torch.float32 and norm.device.type == "cpu":
-        return source.model
+        return source.trained
     model = load_model(source.base, None)
     for name, weight in model.named_parameters():        # the same pages as in the run's model
         if loaded[name].dtype == weight.dtype and loaded[name].device == weight.device:
             weight.data = loaded[name].data
-    model.fingerprint = source.model.fingerprint         # a base of fewer tokens has another
-    if expert_layers(source.model):
+    model.fingerprint = source.trained.fingerprint         # a base of fewer tokens has another
+    if expert_layers(source.trained):
         load_adapter(model, source.run / "adapter")
     return widened(model)
 

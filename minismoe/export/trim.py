@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..io.files import read_json, write_json
+from .layers import EMBEDDING, HEAD
 from .layouts import copy_base_files, rewrite_weights
-from .leaves import EMBEDDING, HEAD
 
 # Keys of JSON files that hold ids of tokens: a number, or numbers in lists.
 IDS = re.compile(r"(token_ids?|token_index|suppress_tokens|bad_words_ids)$")

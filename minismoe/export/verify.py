@@ -1,8 +1,8 @@
 """Check an exported folder: compare it with PyTorch, session by session, and measure what it lost.
 
-Two models stand beside a folder. `part.tree` holds the weights that the folder holds: each session,
-also the one that ships, has to compute what the tree does, and files without a graph have to hold
-the tree's numbers to the bit. The trained model is the run's, with its experts, or the base: how
+Two models stand beside a folder. `part.shipped` holds the weights that the folder holds: each
+session, also the one that ships, has to compute what it does, and files without a graph have to
+hold its numbers to the bit. `source.trained` is the run's model, with its experts, or the base: how
 far the folder is from it is reported, and has no bound.
 """
 
@@ -28,7 +28,7 @@ from ..training.evaluate import Accuracy
 from . import compare
 from . import scores as scoring
 from .compare import FEW, TOKENS, Prompts
-from .leaves import AdapterLinear, flat, matrix
+from .layers import AdapterLinear, flat, matrix
 from .part import Part, sharing_copy
 from .plan import check_prompts
 from .scores import MERGED, ROUNDED, accuracy, accuracy_in_torch, shares
@@ -46,8 +46,8 @@ BITS8 = 0.1              # of a session that rounds activations
 
 
 def check(part: Part, source: Source, folder: Path) -> dict[str, Any]:
-    """Compare the folder with its tree and with the trained model; returns figures, of a graph by
-    adapter. Raises ValueError if it does not compute what the tree does."""
+    """Compare the folder with the shipped model and with the trained one; returns figures, of a
+    graph by adapter. Raises ValueError if it does not compute what the shipped model does."""
     config, prompts = part.config, check_prompts(source)
     if not config.graph:
         return check_weights(part, source, folder, prompts)
@@ -62,31 +62,31 @@ def check(part: Part, source: Source, folder: Path) -> dict[str, Any]:
 
 
 def check_exact(part: Part, folder: Path, prompts: Prompts, figures: Figures) -> None:
-    """A session that rounds no activations to 8 bits, beside the tree: it shows the least error in
-    weights and operators. It is closed before another one opens."""
+    """A session that rounds no activations to 8 bits, beside the shipped model: it shows the least
+    error in weights and operators. It is closed before another one opens."""
     generator = Generator(folder)
     if part.config.form.rounds_activations and part.config.target != "npu":
         compare.stop_rounding(generator)
     for adapter in (None, *generator.tasks):
         generator.use(adapter)
         figures[adapter] |= compare.compare_exact(
-            with_adapter(part.tree, adapter), generator, prompts,
+            with_adapter(part.shipped, adapter), generator, prompts,
             rounding_explains(part.config, exact=True))
 
 
 def check_shipped(part: Part, source: Source, generator: Generator, prompts: Prompts,
                   figures: Figures) -> None:
-    """The session that ships, beside the tree, and beside the trained model."""
+    """The session that ships, beside the shipped model, and beside the trained one."""
     config, most = part.config, min(TOKENS, generator.room(max(map(len, prompts))))
     for adapter in (None, *generator.tasks):
         generator.use(adapter)
         texts = generator.batch(prompts, most)
         figures[adapter] |= compare.compare_shipped(
-            with_adapter(part.tree, adapter), generator, prompts, texts, rounding_explains(config),
-            config.form.rounds_activations)
+            with_adapter(part.shipped, adapter), generator, prompts, texts,
+            rounding_explains(config), config.form.rounds_activations)
         alone = config.adapters and not adapter
         figures[adapter] |= compare.compare_texts(
-            without_experts(source.model) if alone else source.model, generator, prompts, texts,
+            without_experts(source.trained) if alone else source.trained, generator, prompts, texts,
             most)
         show_logits(adapter or config.task or source.name, figures[adapter],
                     "the trimmed model" if source.whole else "the trained model")
@@ -99,7 +99,7 @@ def check_provider(part: Part, generator: Generator, other: Generator, name: str
         generator.use(adapter)
         other.use(adapter)
         found = compare_provider(
-            generator, other, name, part.tree, prompts,
+            generator, other, name, part.shipped, prompts,
             rounding_explains(part.config, exact=part.config.target == "npu"))
         figures[adapter].setdefault("providers", {})[name] = found
         show_logits(name, found, "the CPU")
@@ -107,7 +107,7 @@ def check_provider(part: Part, generator: Generator, other: Generator, name: str
 
 def check_answers(part: Part, source: Source, generator: Generator, figures: Figures) -> None:
     """Exact match of the session that ships, beside the trained model; and, where it has lost more
-    than chance explains, of the tree before its weights were rounded."""
+    than chance explains, of the shipped model before its weights were rounded."""
     config = part.config
 
     def of_export(task: Task) -> Accuracy:
@@ -128,14 +128,14 @@ def check_answers(part: Part, source: Source, generator: Generator, figures: Fig
 
 
 def check_weights(part: Part, source: Source, folder: Path, prompts: Prompts) -> dict[str, Any]:
-    """Compare each tensor of a folder of layout hf or peft with its tree, to the bit, and what the
-    folder computes with the trained model."""
-    layout, tree, exported = part.config.layout, part.tree, part.tree
+    """Compare each tensor of a folder of layout hf or peft with the shipped model, to the bit, and
+    what the folder computes with the trained one."""
+    layout, exported = part.config.layout, part.shipped
     if layout == "hf":
         exported = load_model(folder, None)
-        tensors = merged_weights(tree, exported, source.base)
+        tensors = merged_weights(part.shipped, exported, source.base)
     else:
-        tensors = adapter_weights(tree, folder)
+        tensors = adapter_weights(part.shipped, folder)
     if wrong := [name for name, found, wanted in tensors if found is None or not (
             found.dtype == wanted.dtype and torch.equal(found, wanted))]:
         raise ValueError(f"the export is not what PyTorch computes: {len(wrong)} tensors are not "
@@ -143,7 +143,7 @@ def check_weights(part: Part, source: Source, folder: Path, prompts: Prompts) ->
     exported = widened(exported)
     read, texts = compare.last_tokens(prompts)
     figures: dict[str, Any] = compare.compare_logits(
-        compare.logits(source.model, read, texts), compare.logits(exported, read, texts))
+        compare.logits(source.trained, read, texts), compare.logits(exported, read, texts))
     show_logits(source.name, figures)
     scores = scoring.scored(source, part.config.task, layout,
                     partial(accuracy_in_torch, exported, source.tokenizer))
@@ -151,25 +151,25 @@ def check_weights(part: Part, source: Source, folder: Path, prompts: Prompts) ->
     return figures | {"exact_match": shares(scores)}
 
 
-def merged_weights(tree: CausalLM, exported: CausalLM, base: Path) -> Iterator[Written]:
-    """The weights of layout hf, as they are stored, and those of its tree in the base's dtypes."""
+def merged_weights(shipped: CausalLM, exported: CausalLM, base: Path) -> Iterator[Written]:
+    """The weights of layout hf, as they are stored, and those that ship, in the base's dtypes."""
     stored = stored_tensors(base)
     for name, weight in exported.named_parameters():
         module, _, kind = name.rpartition(".")
-        leaf = tree.get_submodule(module)
+        leaf = shipped.get_submodule(module)
         wanted = matrix(leaf) if kind == "weight" else getattr(leaf, kind)
-        yield name, weight, wanted.to(DTYPES[stored[tree.config.name(name)].content.get_dtype()])
+        yield name, weight, wanted.to(DTYPES[stored[shipped.config.name(name)].content.get_dtype()])
 
 
-def adapter_weights(tree: CausalLM, folder: Path) -> Iterator[Written]:
-    """The LoRAs of layout peft, if PEFT is told to take them, and those of its tree, which zeros
-    fill up to one rank."""
+def adapter_weights(shipped: CausalLM, folder: Path) -> Iterator[Written]:
+    """The LoRAs of layout peft, if PEFT is told to take them, and those that ship, which zeros fill
+    up to one rank."""
     settings = read_json(folder / "adapter_config.json")
     tensors = load_file(folder / "adapter_model.safetensors")
     found = {text_name(name): [tensors.get(f"base_model.model.{name}.lora_{kind}.weight")
                                for kind in "AB"] for name in settings["target_modules"]}
-    for name, layer in expert_layers(tree).items():
-        name, (A, B, _) = tree.config.name(name), flat(layer)
+    for name, layer in expert_layers(shipped).items():
+        name, (A, B, _) = shipped.config.name(name), flat(layer)
         more = settings["r"] - len(A)
         wanted = F.pad(A, (0, 0, 0, more)), F.pad(B, (0, more))
         yield from zip((f"{name}.lora_A", f"{name}.lora_B"), found.get(name, [None] * 2), wanted)
@@ -211,12 +211,12 @@ def without_experts(model: CausalLM) -> CausalLM:
     return model
 
 
-def with_adapter(tree: CausalLM, task: str | None) -> CausalLM:
-    """The tree, from now on with the LoRAs of a task, if it has such, or with none."""
-    for layer in tree.modules():
+def with_adapter(shipped: CausalLM, task: str | None) -> CausalLM:
+    """A model that ships, from now on with the LoRAs of a task, if it has such, or with none."""
+    for layer in shipped.modules():
         if isinstance(layer, AdapterLinear):
             layer.task = task
-    return tree
+    return shipped
 
 
 def show_logits(name: str, figures: Mapping[str, Any], beside: str = "the trained model") -> None:

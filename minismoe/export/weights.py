@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, ROW, Blocks, columns
-from .leaves import matrix
+from .layers import matrix
 from .nodes import Graph
 
 

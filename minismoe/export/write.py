@@ -18,7 +18,7 @@ from ..runtime.folder import TASKS
 from . import layouts, verify
 from .calibration import shuffled_samples
 from .contract import golden
-from .leaves import vocabularies
+from .layers import vocabularies
 from .part import Part
 from .plan import check_prompts, in_words, matrix_bytes, nbytes, resolved
 from .ranges import refuse_float16
@@ -51,10 +51,10 @@ def export_model(config: ExportConfig, source: Source,
         if free < size:
             raise OSError(f"{out}: the disk has {free / 1e6:.1f} MB left, and the weights take "
                           f"{size / 1e6:.1f}")
-        reference = in_float32(source)
+        reference_fp32 = in_float32(source)
         if any(c.graph and c.form.dtype == torch.float16 for c in configs):
-            refuse_float16(reference, check_prompts(source))
-        parts = ship(configs, source, reference, samples)
+            refuse_float16(reference_fp32, check_prompts(source))
+        parts = ship(configs, source, reference_fp32, samples)
         *others, info = [write(part, source, folder) for part in parts]
         for other in others:                 # of a web folder
             info["other_graph"] = {name: other[name] for name in (
@@ -68,7 +68,7 @@ def write(part: Part, source: Source, folder: Path) -> dict[str, Any]:
     info = about(config, source)
     if config.graph:
         graph = layouts.write_graph(part, folder)
-        graph["vocabulary_bytes"] = matrix_bytes(config, source, *vocabularies(source.model))
+        graph["vocabulary_bytes"] = matrix_bytes(config, source, *vocabularies(source.trained))
         if source.tasks:
             write_json(folder / TASKS, {
                 t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
@@ -92,13 +92,13 @@ def same_texts(providers: Sequence[str], checked: Mapping[str, Any]) -> list[str
 
 def about(config: ExportConfig, source: Source) -> dict[str, Any]:
     """What export.json says of the settings, and of what was exported."""
-    adapter = expert_layers(source.model) and source.run / "adapter" / "adapter.safetensors"
+    adapter = expert_layers(source.trained) and source.run / "adapter" / "adapter.safetensors"
     return {
         "format": FORMAT, "model": last_part(source.name), "layout": config.layout,
         "routing": config.kind, "arguments": {
             name: last_part(value) if name in ("run", "model", "prompts", "out") else value
             for name, value in asdict(config).items()},
-        "base": source.model.fingerprint, "adapter": sha256(adapter) if adapter else None,
+        "base": source.trained.fingerprint, "adapter": sha256(adapter) if adapter else None,
         "versions": versions() | {"onnx": onnx.__version__, "onnxruntime": ort.__version__},
         **({"system": source.system} if source.system else {})}
 

@@ -27,7 +27,7 @@ import export
 from minismoe.cli import script
 from minismoe.data.tasks import Example, collate, encode
 from minismoe.export.calibration import calibration_batches
-from minismoe.export.leaves import matrix, put_weight
+from minismoe.export.layers import matrix, put_weight
 from minismoe.export.part import Part, sharing_copy
 from minismoe.export.plan import with_precision
 from minismoe.export.rounding import change, harm_of
@@ -164,10 +164,10 @@ def main(argv: Sequence[str]) -> None:
         for task, examples in lines.items()}, source) for lines in (source.examples, source.unseen))
     fits = fits_to_make(config, source, batches)
     part = Part(config, mixture, fits)
-    freeze_and_round([part], source.model, batches, fits)
+    freeze_and_round([part], source.trained, batches, fits)
     merge(tree := sharing_copy(mixture), fits[None])
     tree.eval().requires_grad_(False)
-    harm = harm_of(part.in_4_bits, tree, source.model, unseen)
+    harm = harm_of(part.in_4_bits, tree, source.trained, unseen)
     ways_of = part.config.form.options_of
     options = {name: [*ways, quantize(matrix(tree.get_submodule(name)), *ways_of(name)[-1])]
                for name, ways in part.in_4_bits.items()}
@@ -188,7 +188,7 @@ def main(argv: Sequence[str]) -> None:
             "by <gradient, dW>": spend(first_order(options, tree, source), cost, budget),
             "down_proj in 8 bits, the rest blocks of 128": down_in_8(names),
             "by the probe, as many bytes": spend(harm, cost, of_rule),
-            "llama.cpp's rule": q4_k_m(names, source.model.config.num_hidden_layers)}
+            "llama.cpp's rule": q4_k_m(names, source.trained.config.num_hidden_layers)}
     rows = []
     for way, chosen in tqdm(ways.items(), "ways"):
         stored = sharing_copy(tree)

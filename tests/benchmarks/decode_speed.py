@@ -123,8 +123,8 @@ def export(model: Path, folder: Path, side: str) -> None:
     part = Part(ExportConfig(precision="int4", routing="dynamic", context=CONTEXT,
                              block=128 if side == "merged128" else 32), base, {})
     freeze_and_round([part], base, {}, {})
-    round_experts(part.tree, part.config.form)
-    graph.write_decoder(folder / "model.onnx", part.tree, part.config.form)
+    round_experts(part.shipped, part.config.form)
+    graph.write_decoder(folder / "model.onnx", part.shipped, part.config.form)
     steps.write_sampler(folder / "sampler.onnx", config.vocab_size)
     copy_base_files(model, folder)
     files = {file.name: {"bytes": file.stat().st_size, "sha256": ""} for file in folder.iterdir()}

@@ -31,7 +31,7 @@ def row(name: str, source: Source, fits: Mapping[str, Mapping[str, Fit]]) -> lis
     if there are no fits."""
     scores, missed = [], []
     for task in source.tasks:
-        model = sharing_copy(source.model)
+        model = sharing_copy(source.trained)
         if fits:
             merge(model, fits[task.name])
             missed += [f.residual for f in fits[task.name].values() if f.kind != "exact"]
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     names = [task.name for task in source.tasks]
     fits = fits_to_make(config, source, batches) | fits_to_make(
         replace(config, adapters=True), source, batches)
-    freeze_and_round([], source.model, batches, fits)
+    freeze_and_round([], source.trained, batches, fits)
     rows = [row("mixture", source, {}),
             row("merged", source, dict.fromkeys(names, fits[None])),
             row("merged for each task", source, fits)]

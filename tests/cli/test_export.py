@@ -42,7 +42,7 @@ from minismoe.export import (
 from minismoe.export import graph as graphs
 from minismoe.export import ship as shipping
 from minismoe.export.calibration import shuffled_samples
-from minismoe.export.leaves import vocabularies
+from minismoe.export.layers import vocabularies
 from minismoe.export.nodes import Graph
 from minismoe.export.part import Part, sharing_copy
 from minismoe.export.settings import ExportConfig
@@ -444,7 +444,7 @@ def test_the_dtype_is_the_runs_whatever_the_machine(run: Path, tmp_path: Path, s
     monkeypatch.setattr(cli_inputs, "_multiplies_bfloat16", lambda device: machine)
     other = copied(run, tmp_path / "run", dtype=saved)
     source = export.load_run(ExportConfig(run=str(other)))
-    assert source.model.model.norm.weight.dtype == getattr(torch, saved)
+    assert source.trained.model.norm.weight.dtype == getattr(torch, saved)
     info = ship(tmp_path / "out", other, "--precision fp32")
     assert (info["arguments"]["dtype"], info["arguments"]["device"]) == (saved, "cpu")
     for flag in "float32", "bfloat16":
@@ -512,8 +512,8 @@ def test_harm_is_measured_on_lines_that_the_run_was_not_trained_on(run: Path) ->
 
     def bits(**unseen: Sequence[Example]) -> dict[str, int]:
         given = replace(source, unseen=unseen)
-        (part,) = shipping.ship([config], given, given.model, shuffled_samples(config, given))
-        return {name: layer.weight.blocks.bits for name, layer in part.tree.named_modules()
+        (part,) = shipping.ship([config], given, given.trained, shuffled_samples(config, given))
+        return {name: layer.weight.blocks.bits for name, layer in part.shipped.named_modules()
                 if isinstance(layer, BlockLinear)}
 
     trained_on = source.examples["twice"]
@@ -532,7 +532,7 @@ def test_activations_of_prompts_are_those_of_their_answers_too(
                           target="npu", dtype="float32")
     source = export.load_run(config)
     samples = shuffled_samples(config, source)
-    shipping.ship([config], source, source.model, samples)
+    shipping.ship([config], source, source.trained, samples)
     ((model, found),) = seen
     prompts = [e.ids[:128 - ranges.ANSWER] for e in samples["prompts"]]
     answers = generate(model, prompts, ranges.ANSWER, source.tokenizer.stop_ids)
@@ -542,7 +542,7 @@ def test_activations_of_prompts_are_those_of_their_answers_too(
 def test_an_npu_cache_ends_within_a_window(run: Path) -> None:
     config = ExportConfig(run=str(run), target="npu", precision="fp16")
     source = export.load_run(config)
-    source.model.config = replace(source.model.config, windows=(127, None))
+    source.trained.config = replace(source.trained.config, windows=(127, None))
     assert plan.sizes_of(config, source)[1] == (1, 64, 63)
 
 
@@ -623,7 +623,7 @@ def test_a_base_of_16_bits_is_exported_without_a_copy_in_float32(run: Path, tmp_
     base = Path(shutil.copytree(run.parent / "model", tmp_path / "base"))
     tensors = load_file(base / "model.safetensors")
     save_file({name: w.bfloat16() for name, w in tensors.items()}, base / "model.safetensors")
-    model = export.load_base(ExportConfig(model=str(base), dtype="float32")).model
+    model = export.load_base(ExportConfig(model=str(base), dtype="float32")).trained
     assert sum(w.nbytes for w in model.parameters()) < 1.1 * sum(
         w.nbytes // 2 for w in tensors.values())
     (tmp_path / "lines").write_text("say 5\nsay 6\n")
@@ -684,9 +684,9 @@ def test_what_differs_from_pytorch_is_not_kept(run: Path, tmp_path: Path, flags:
     export_model(config, source, tmp_path / "whole")
 
     def wrong_graph(part: Part, folder: Path) -> dict[str, Any]:
-        part.tree.model.norm.weight.data *= 1.5
+        part.shipped.model.norm.weight.data *= 1.5
         info = write_graph(part, folder)
-        part.tree.model.norm.weight.data /= 1.5
+        part.shipped.model.norm.weight.data /= 1.5
         return info
 
     def wrong_weights(*args: Any) -> None:
@@ -883,8 +883,8 @@ def test_the_room_that_is_asked_for_is_of_adapters_too(run: Path, tmp_path: Path
                   if file.name.startswith(("model", "adapter_model")) or "onnx_ad" in file.suffix)
     experts = sum(t.nbytes for name, t in load_file(run / "adapter/adapter.safetensors").items()
                   if "lora" in name)
-    matrices = sum(plan.matrix_bytes(each, source, *linear_layers(source.model), *vocabularies(
-        source.model)) for each in plan.resolved(config, source) if each.graph)
+    matrices = sum(plan.matrix_bytes(each, source, *linear_layers(source.trained), *vocabularies(
+        source.trained)) for each in plan.resolved(config, source) if each.graph)
     least = {"": 0, "--adapters": 2 * experts, "--layout peft": experts, "--layout hf": 0}
     assert matrices + least.get(flags, experts / 2) <= asked <= written
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
 from minismoe.export.graph import write_decoder
+from minismoe.export.layers import AdapterLinear
 from minismoe.export.layouts import (
     copy_base_files,
     write_adapter,
@@ -27,7 +28,6 @@ from minismoe.export.layouts import (
     write_peft,
     write_web,
 )
-from minismoe.export.leaves import AdapterLinear
 from minismoe.export.weights import GraphFormat
 from minismoe.io.files import read_json
 from minismoe.method.freeze import Fit

@@ -29,7 +29,7 @@ def test_prompts_are_turns_of_a_user_and_end_at_the_context(tmp_path) -> None:
     (tmp_path / "lines").write_text("\ufeffhi\n\n a longer prompt\n", encoding="utf-8")
     tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>", 258, [257])
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=28))
-    found = unlabelled(str(tmp_path / "lines"), SimpleNamespace(tokenizer=tokenizer, model=model))
+    found = unlabelled(str(tmp_path / "lines"), SimpleNamespace(tokenizer=tokenizer, trained=model))
     assert [bytes(e.ids[1:]) for e in found] == [b"User: hi\nAssistant:",
                                                  b"User:  a longer prompt\nAssi"]
     assert all({*e.labels} == {-100} and len(e.labels) == len(e.ids) for e in found)
@@ -47,9 +47,9 @@ def test_a_task_is_rounded_on_its_own_samples(task, routing, monkeypatch, tmp_pa
     source = Source(tmp_path, tmp_path, "", model, SimpleNamespace(pad_id=0),
                     examples={"a": [], "b": []})
     config = ExportConfig(precision="int4", block=32, task=task, routing=routing)
-    trees = ship.ship([config] * 2, source, model, shuffled_samples(config, source))
+    parts = ship.ship([config] * 2, source, model, shuffled_samples(config, source))
     assert read == [["a"] if task else ["a", "b"]]
-    leaf = trees[0].tree.get_submodule(ROUTED[0])
+    leaf = parts[0].shipped.get_submodule(ROUTED[0])
     assert type(leaf).__name__ == ("BlockLinear" if routing == "merge" else "ExpertLinear")
 
 
@@ -69,7 +69,7 @@ def test_a_base_in_16_bits_is_merged_in_float32() -> None:
     part = Part(ExportConfig(precision="fp32"), model, {None: fits})
     part.place([*fits])
     for name, linear in fits.items():
-        merged = part.tree.get_submodule(name).weight
+        merged = part.shipped.get_submodule(name).weight
         assert merged.dense().dtype == torch.float32
         torch.testing.assert_close(merged.dense(), merged.base + linear.lora_B @ linear.lora_A)
 

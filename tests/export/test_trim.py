@@ -172,7 +172,7 @@ def test_a_smaller_base_can_be_trained(make: Make, data: list[str], tmp_path: Pa
 def test_a_large_vocabulary_is_named_with_what_fewer_tokens_would_take(make: Make) -> None:
     def hint(total: int) -> str:
         config = SimpleNamespace(vocab_size=total)
-        source: Any = SimpleNamespace(base=base, model=SimpleNamespace(config=config))
+        source: Any = SimpleNamespace(base=base, trained=SimpleNamespace(config=config))
         return trimming.hint(source, 168_000_000, 257_000_000)
     base = make("llama")
     assert hint(262144) == "the vocabulary takes 168 of 257 MB: --vocab 32768 would leave 21\n"

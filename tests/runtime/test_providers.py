@@ -19,8 +19,8 @@ from tiny import BYTES, FAMILIES, random_hf
 from export import main
 from minismoe import generate, load_model
 from minismoe.export.compare import logits, stop_rounding
+from minismoe.export.layers import AdapterLinear
 from minismoe.export.layouts import write_adapter
-from minismoe.export.leaves import AdapterLinear
 from minismoe.io import process
 from minismoe.io.files import read_json
 from minismoe.method.experts import ExpertLinear, linear_layers

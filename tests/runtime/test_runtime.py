@@ -17,8 +17,8 @@ from exported import KINDS, describe, export
 
 from minismoe import generate
 from minismoe.data.tokenizer import FileTokenizer
+from minismoe.export.layers import AdapterLinear
 from minismoe.export.layouts import write_adapter
-from minismoe.export.leaves import AdapterLinear
 from minismoe.method.freeze import Fit
 from minismoe.runtime import Generator
 from minismoe.runtime import model as opened

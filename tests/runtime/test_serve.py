@@ -21,8 +21,8 @@ import torch
 from exported import command, describe, export
 
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
+from minismoe.export.layers import AdapterLinear
 from minismoe.export.layouts import write_adapter
-from minismoe.export.leaves import AdapterLinear
 from minismoe.method.freeze import Fit
 from minismoe.runtime import Generator
 from minismoe.runtime import serve as server

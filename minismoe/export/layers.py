@@ -1,4 +1,4 @@
-"""The linear layers of a tree that ships, beside nn.Linear, BlockLinear and ExpertLinear.
+"""The linear layers of a model that ships, beside nn.Linear, BlockLinear and ExpertLinear.
 
 Letters: E experts of a layer, R all their ranks.
 """
