@@ -73,6 +73,7 @@ def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
     describe(folder, target=target, context=context, static=static, layers=len(c.attention_layers),
              kv_heads=c.num_key_value_heads, head_dim=c.head_dim, vocab_size=c.vocab_size,
              cache_type="float16" if precision == "fp16" else "float32",
+             contract={"cache": {"ort": "shared", "portable": "growing"}.get(kind, "fixed")},
              format="minismoe.export/1", adapters={})
     return folder
 

@@ -62,12 +62,14 @@ def contract(folder: Path, name: str, target: str, stops: Sequence[int]) -> dict
     keys = [x for x in graph["inputs"] if x["name"].startswith("past_key_values.")]
     states = [x for x in graph["inputs"] if x["name"].startswith("past_") and x not in keys]
     steps = any(x["name"] == "tokens" for x in graph["outputs"])
+    fixed = isinstance(graph["inputs"][0]["shape"][1], int)
     return {
         "onnxruntime": ONNXRUNTIME, **graph, "dimensions": DIMENSIONS,
         "attention_mask": NPU_MASK if npu else MASK + STEPS * steps,
         "past": NPU_PAST if npu else PAST, "position_ids": POSITIONS,
-        "padding": "left" if isinstance(graph["inputs"][0]["shape"][1], int) else "none",
-        "shared_buffer": target == "ort" and not steps,  # past and present of keys may be one
+        "padding": "left" if fixed else "none",
+        "cache": "slots" if npu else "fixed" if fixed else (
+            "shared" if target == "ort" and not steps else "growing"),
         "cache_bytes_per_token": sum(        # heads, and numbers of a head
             BYTES[x["type"]] * x["shape"][1] * x["shape"][3] for x in keys),
         "state_bytes": sum(BYTES[x["type"]] * prod(x["shape"][1:]) for x in states),

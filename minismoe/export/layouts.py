@@ -54,8 +54,9 @@ def write_graph(part: Part, folder: Path) -> dict[str, Any]:
         name = write_web(folder, part.shipped, config.form, stops)
     else:
         write_decoder(folder / name, part.shipped, config.form)
+    said = contract(folder, name, config.target, stops)
     if config.layout == "genai":
-        write_genai(folder, config.context or 0, config.target == "ort")
+        write_genai(folder, config.context or 0, said["cache"] == "shared")
     write_sampler(folder / "sampler.onnx", sizes.vocab_size)
     adapters = {}
     for number, (task, fits) in enumerate(part.fits.items() if config.adapters else ()):
@@ -69,7 +70,7 @@ def write_graph(part: Part, folder: Path) -> dict[str, Any]:
                 for name, leaf in part.shipped.named_modules()
                 if isinstance(getattr(leaf, "weight", None), BlockWeight)},
             "cache_type": "float16" if config.target == "npu" or half else "float32",
-            "contract": contract(folder, name, config.target, stops),
+            "contract": said,
             **({"soc": config.chip} if config.chip else {})}
 
 

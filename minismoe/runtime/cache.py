@@ -3,13 +3,16 @@
 Keys and values stay on the session's device, in OrtValues that are bound to the session. Each kind
 of graph has its own cache, which reads as the graph wants it:
 
-    SharedCache    target ort: one buffer for the whole context is the past and the present:
-                   attention writes into it. Its memory is taken as it is written, and then stays.
-    GraphCache     target portable: the present of a step is the past of the next step.
-    FixedCache     target portable, static: the present is the next past as well, but sizes are
-                   fixed: T tokens a step, the first of which may be padding, and the last P
-                   positions as the past.
-    SlotCache      target npu (npu.py): P slots, into which new keys and values are copied.
+    SharedCache    "shared", target ort: one buffer for the whole context is the past and the
+                   present: attention writes into it. Its memory is taken as it is written, and
+                   then stays.
+    GraphCache     "growing", target portable: the present of a step is the past of the next step.
+    FixedCache     "fixed", target portable, static: the present is the next past as well, but
+                   sizes are fixed: T tokens a step, the first of which may be padding, and the
+                   last P positions as the past.
+    SlotCache      "slots", target npu (npu.py): P slots, into which new keys and values are copied.
+
+export.json names the kind under contract, cache.
 
 The last inputs of convolutions and the memory of delta nets go from step to step as in
 GraphCache, whatever the target.

@@ -13,6 +13,7 @@ from ..io.text import clean
 FORMAT = "minismoe.export/1"
 TASKS = "tasks.json"                         # {task: {"choices": answers, "instruction": text}}
 FLOAT, FLOAT16, INT64 = 1, 10, 7             # onnx.TensorProto's numbers
+CACHES = ("shared", "growing", "fixed", "slots")         # cache.py has one of each kind
 CACHE_TYPES = {"float32": FLOAT, "float16": FLOAT16}
 SIZES = ("context", "layers", "kv_heads", "head_dim", "vocab_size")
 
@@ -60,6 +61,8 @@ def _checks(info: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     yield "format", info["format"] == FORMAT
     yield "target", info["target"] in ("ort", "portable", "npu")
     yield "cache_type", info["cache_type"] in CACHE_TYPES
+    yield "contract", info["contract"]["cache"] in CACHES and (
+        info["contract"]["cache"] == "slots") == (info["target"] == "npu")
     yield "adapters", isinstance(info.get("adapters") or {}, dict)
     yield "providers", all(isinstance(name, str) for name in info.get("providers", []))
     yield "soc", type(info.get("soc", 0)) is int

@@ -65,10 +65,9 @@ class CachedModel:
         self.session = steps.one if steps else open_session(
             self.folder / graph_of(info), device, threads)
         self.nodes = nodes_by_provider(self.session)
-        in_place = info.get("contract", {}).get("shared_buffer", info["target"] == "ort")
-        self._kind: Callable[..., GraphCache] = (
-            partial(SlotCache, steps) if steps else FixedCache if self.static else
-            SharedCache if in_place else GraphCache)
+        kinds: dict[str, Callable[..., GraphCache]] = {
+            "shared": SharedCache, "growing": GraphCache, "fixed": FixedCache}
+        self._kind = partial(SlotCache, steps) if steps else kinds[info["contract"]["cache"]]
         # The cache is where attention is: CUDA's takes 16 bits only, and leaves others to the CPU.
         on_cpu = self._kind is SharedCache and "GroupQueryAttention" in self.nodes.get(CPU, "")
         self._memory = ("cpu", 0) if on_cpu else device.memory

@@ -131,7 +131,8 @@ def export(model: Path, folder: Path, side: str) -> None:
     (folder / "export.json").write_text(json.dumps({
         "format": "minismoe.export/1", "target": "ort", "context": CONTEXT, "files": files,
         "layers": config.num_hidden_layers, "kv_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim, "vocab_size": config.vocab_size, "cache_type": "float32"}))
+        "head_dim": config.head_dim, "vocab_size": config.vocab_size, "cache_type": "float32",
+        "contract": {"cache": "shared"}}))
 
 
 def prepare(args: argparse.Namespace, root: Path) -> dict[str, Path]:

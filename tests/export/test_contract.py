@@ -153,7 +153,8 @@ def test_the_golden_vector_by_plain_onnxruntime(config: dict[str, Any], flags: l
     if "int4-8" in flags:
         in_one_buffer(folder)
     said = info["contract"]
-    assert said["shared_buffer"] == ("portable" not in flags and "web" not in flags)
+    assert said["cache"] == ("fixed" if "--static" in flags else "growing" if (
+        {"portable", "web"} & {*flags}) else "shared")
     domains = {line.split(";")[0]: line.split(";")[2].split(",") for line in said["operators"]}
     assert ("com.microsoft" in domains) == ("portable" not in flags)
     assert ("MatMulNBits" in domains.get("com.microsoft", [])) == ("int4-8" in flags)

@@ -182,8 +182,8 @@ class Fuzz:
         (self.base / "export.json").write_text(json.dumps({
             "format": FORMAT, "target": "portable", "context": 64, "layers": 2, "kv_heads": 1,
             "head_dim": 16, "vocab_size": 259, "cache_type": "float32", "static": None,
-            "adapters": {}, "files": {f.name: {"bytes": f.stat().st_size, "sha256": ""}
-                                      for f in self.base.iterdir()}}))
+            "adapters": {}, "contract": {"cache": "growing"}, "files": {
+                f.name: {"bytes": f.stat().st_size, "sha256": ""} for f in self.base.iterdir()}}))
         self.generator = Generator(self.base, threads=1)
         self.generator.tokenizer = Tokenizer(ByteTokenizer(), CALLING, "<|bos|>", "<|end|>")
         self.api = Api(self.base, lambda: self.generator, Sampling(max_tokens=3))
