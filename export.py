@@ -29,7 +29,7 @@ from minismoe.export.scores import accuracy_in_torch
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.ship import widened
 from minismoe.export.write import export_model
-from minismoe.io.files import blaming, must_be_new, naming
+from minismoe.io.files import must_be_new, must_be_writable, naming
 from minismoe.io.text import clean
 from minismoe.model.checkpoint import load_adapter
 from minismoe.runtime.providers import find_device
@@ -74,12 +74,11 @@ def scratch_folder(config: ExportConfig) -> Iterator[Path]:
     if not config.vocab:
         yield Path()
         return
-    out = Path(config.out or Path(config.run or "runs") / "export").absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with blaming(out):
-        folder = TemporaryDirectory(prefix=".vocab-", suffix=".tmp", dir=out.parent)
-    with folder as name:
-        yield Path(name)
+    beside = Path(config.out).absolute().parent if config.out else Path(config.run or "runs")
+    must_be_writable(beside)
+    beside.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".vocab-", suffix=".tmp", dir=beside) as folder:
+        yield Path(folder)
 
 
 def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:

@@ -80,12 +80,9 @@ def without_effect(config: ExportConfig) -> dict[str, list[tuple[Any, str]]]:
     static = "--static fixes all sizes of layout onnx"
     stored = f"--precision {precision} of --target {config.target}"
     return {
-        "run": [(base, no_adapters)],
-        "limit_test": [(base, no_adapters)],
-        "target": [(files, no_graph)],
-        "provider": [(files, no_graph)],
-        "precision": [(files, no_graph)],
-        "static": [(files, no_graph)],
+        "run": [(base, no_adapters)], "limit_test": [(base, no_adapters)],
+        "target": [(files, no_graph)], "provider": [(files, no_graph)],
+        "precision": [(files, no_graph)], "static": [(files, no_graph)],
         "context": [(files, no_graph), (config.static and npu, static)],
         "layout": [(base and layout == "peft", no_adapters), (
             config.adapters and layout == "web", each), (config.static, static)],

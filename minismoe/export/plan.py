@@ -54,7 +54,7 @@ def with_precision(config: ExportConfig, has_texts: bool) -> ExportConfig:
     if config.size and not has_texts:
         raise ValueError("--size chooses bits by what texts show: export a RUN, or give "
                          "--prompts FILE")
-    block = None if config.size or precision == "w8a16" or not PRECISIONS[precision].rounds else (
+    block = None if config.size or precision == "w8a16" or not PRECISIONS[precision].layers else (
         config.block or BLOCK)
     return replace(config, precision=precision, block=ROW if precision == "q8" else block)
 
@@ -64,14 +64,12 @@ def nbytes(config: ExportConfig, source: Source) -> int:
     if config.layout == "hf":
         return sum(file.stat().st_size for file in weight_files(source.base))
     layers = expert_layers(source.trained).values()
-    if config.layout == "peft":              # all are filled up to the largest rank
-        return 4 * max((layer.experts * layer.rank for layer in layers), default=0) * sum(
-            layer.in_features + layer.out_features for layer in layers)
-    A, B = (sum(getattr(layer, part).numel() for layer in layers) for part in ("lora_A", "lora_B"))
-    if config.adapters:
-        beside = 4 * (A + B) * len(source.examples)
-    else:                                    # lora_A takes a byte each, beside weights in few bits
-        beside = ((1 if config.form.rounds else 4) * A + 4 * B) * (config.routing != "merge")
+    A, B = (4 * sum(getattr(layer, part).numel() for layer in layers) for part in (
+        "lora_A", "lora_B"))
+    if config.layout == "peft":
+        return A + B
+    # Beside weights in few bits, lora_A takes few bits, too.
+    beside = (A + B) * len(source.examples) if config.adapters else B * (config.routing != "merge")
     return beside + matrix_bytes(
         config, source, *linear_layers(source.trained), *vocabularies(source.trained))
 
@@ -93,10 +91,10 @@ def in_words(config: ExportConfig, has_texts: bool) -> str:
     blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else (
         ", 4 or 8 bits a matrix" if config.size else "")
     floats = f"; --precision fp{16 if config.target == 'npu' else 32} keeps floats"
-    stored = PRECISIONS[config.precision]
-    nearest = "" if has_texts or stored.layers != 4 else (
+    bits = PRECISIONS[config.precision].layers
+    nearest = "" if has_texts or bits != 4 else (
         ", each number rounded to the nearest (--prompts FILE rounds for what the model reads)")
-    return f"writes {what}{blocks}{nearest}{floats if stored.rounds else ''}"
+    return f"writes {what}{blocks}{nearest}{floats if bits else ''}"
 
 
 def check_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:

@@ -8,7 +8,7 @@ explains.
 import math
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ..data.tasks import Task
 from ..data.tokenizer import Tokenizer
@@ -38,18 +38,10 @@ def scored(source: Source, only: str | None, name: str, measure: Callable[[Task]
     for task in source.tasks:
         if only in (None, task.name) and (of_export := measure(task)).examples:
             own = accuracy_in_torch(source.trained, source.tokenizer, task)
-            whole = source.whole.get(task.name)
-            found[task.name] = ({TRAINED: whole, TRIMMED: own} if whole else {TRAINED: own}) | {
-                name: of_export}
+            before = {TRAINED: source.whole[task.name], TRIMMED: own} if source.whole else {
+                TRAINED: own}
+            found[task.name] = before | {name: of_export}
     return found
-
-
-def add_merged(scores: Scores, tasks: Sequence[Task], measure: Callable[[Task], Accuracy]) -> None:
-    """Put what `measure` gives of the merged model before the export."""
-    for task in tasks:
-        if row := scores.get(task.name):
-            name, of_export = row.popitem()
-            row |= {MERGED: measure(task), name: of_export}
 
 
 def accuracy_in_torch(model: CausalLM, tokenizer: Tokenizer, task: Task) -> Accuracy:
@@ -80,24 +72,21 @@ def shares(scores: Scores) -> dict[str, dict[str, float]]:
     return {task: {name: of.share for name, of in row.items()} for task, row in scores.items()}
 
 
-def losses(scores: Scores) -> dict[str, dict[str, list[int]]]:
-    """Tasks, and "all tasks" together, of which an export answers more lines wrongly than chance
-    explains: of the trained model, each step and the export, 1 or 0 for each line."""
+def losses(scores: Scores) -> Iterator[tuple[str, dict[str, list[int]], int, int]]:
+    """Each task, and all together, of which the export answers more lines wrongly than chance
+    explains: whether each line is right, in each column; lines that it answers wrongly and the
+    trained model rightly; and the other way round."""
     rows = {clean(task): {name: of.right for name, of in row.items()}
             for task, row in scores.items()}
     if len(rows) > 1:
         rows["all tasks"] = {name: [right for row in [*rows.values()] for right in row[name]]
                              for name in next(iter(rows.values()))}
-    return {task: row for task, row in rows.items()
-            if chance_of(*lost_and_won(row)) < CHANCE / len(rows)}
-
-
-def lost_and_won(row: Mapping[str, Sequence[int]]) -> tuple[int, int]:
-    """How many lines an export answers wrongly that the trained model answers rightly, and the
-    other way round."""
-    before, *_, after = row.values()
-    pairs = [*zip(before, after)]
-    return pairs.count((1, 0)), pairs.count((0, 1))
+    for task, row in rows.items():
+        before, *_, after = row.values()
+        pairs = [*zip(before, after)]
+        lost, won = pairs.count((1, 0)), pairs.count((0, 1))
+        if chance_of(lost, won) < CHANCE / len(rows):
+            yield task, row, lost, won
 
 
 def chance_of(lost: int, won: int) -> float:
@@ -113,14 +102,14 @@ def show_scores(scores: Scores, last_step: str) -> None:
     if not scores:
         return
     names = [*next(iter(scores.values()))]
-    rows = {clean(task): [of.share for of in row.values()] for task, row in scores.items()}
-    rows["mean"] = [statistics.mean(column) for column in zip(*rows.values())]
+    rows = [(clean(task), [of.share for of in row.values()]) for task, row in scores.items()]
+    rows.append(("mean", [statistics.mean(column) for column in zip(*(row for _, row in rows))]))
     print(table(["exact match", *names], [
-        [name, *(f"{share:.3f}" for share in row)] for name, row in rows.items()]))
-    for task, right in losses(scores).items():
-        (lost, won), counts = lost_and_won(right), [sum(lines) for lines in right.values()]
-        steps = [*names[1:-1], last_step]
-        _, worst = max(zip((a - b for a, b in zip(counts, counts[1:])), steps))
+        [task, *(f"{share:.3f}" for share in row)] for task, row in rows]))
+    for task, right, lost, won in losses(scores):
+        counts = [sum(lines) for lines in right.values()]
+        falls = [a - b for a, b in zip(counts, counts[1:])]
+        worst = [*names[1:-1], last_step][falls.index(max(falls))]
         print(f"{task}: of {len(right[TRAINED])} test lines, the export answers {lost} wrongly "
               f"that the trained model answers rightly, and {won} rightly that it answers wrongly. "
               "This is more than chance explains. Right answers: "

@@ -94,13 +94,22 @@ def check_shipped(part: Part, source: Source, generator: Generator, prompts: Pro
 
 def check_provider(part: Part, generator: Generator, other: Generator, name: str, prompts: Prompts,
                    figures: Figures) -> None:
-    """A session on another provider, beside the one that ships."""
+    """A session on another provider, beside the one that ships, along the greedy texts of that one:
+    what a provider takes, it may compute wrongly."""
+    npu, wrong = part.config.target == "npu", f"{name} does not compute what the CPU does"
+    if npu:                                  # an emulated one is slow
+        prompts, wrong = prompts[:1], f"{wrong} (try another T in --static 1xTxP)"
     for adapter in (None, *generator.tasks):
         generator.use(adapter)
         other.use(adapter)
-        found = compare_provider(
-            generator, other, name, part.shipped, prompts,
-            rounding_explains(part.config, exact=part.config.target == "npu"))
+        texts, said = ([[*session.generate(prompt, FEW - 1 if npu else TOKENS)]
+                        for prompt in prompts] for session in (generator, other))
+        read = (prompts, texts) if npu else compare.with_long(
+            generator, part.shipped, prompts, texts)
+        found = compare.compare_logits(
+            compare.logits(generator, *read), compare.logits(other, *read),
+            rounding_explains(part.config, exact=npu), wrong)
+        found |= {"texts": len(texts), "texts_equal": sum(map(list.__eq__, texts, said))}
         figures[adapter].setdefault("providers", {})[name] = found
         show_logits(name, found, "the CPU")
 
@@ -116,10 +125,13 @@ def check_answers(part: Part, source: Source, generator: Generator, figures: Fig
 
     scores = scoring.scored(source, config.task, config.precision, of_export)
     merges = any(fit.kind != "exact" for fits in part.fits.values() for fit in fits.values())
-    if merges and config.form.rounds and scoring.losses(scores):
+    if merges and config.form.rounds and [*scoring.losses(scores)]:
         merged = part.unrounded()
-        scoring.add_merged(scores, source.tasks, lambda task: accuracy_in_torch(with_adapter(
-            merged, task.name if config.adapters else None), source.tokenizer, task))
+        for task in (task for task in source.tasks if task.name in scores):
+            model = with_adapter(merged, task.name if config.adapters else None)
+            of_merged = accuracy_in_torch(model, source.tokenizer, task)
+            name, of_rounded = scores[task.name].popitem()
+            scores[task.name] |= {MERGED: of_merged, name: of_rounded}
     for adapter, seen in figures.items():
         if adapter or not config.adapters:
             seen["exact_match"] = shares({
@@ -173,24 +185,6 @@ def adapter_weights(shipped: CausalLM, folder: Path) -> Iterator[Written]:
         more = settings["r"] - len(A)
         wanted = F.pad(A, (0, 0, 0, more)), F.pad(B, (0, more))
         yield from zip((f"{name}.lora_A", f"{name}.lora_B"), found.get(name, [None] * 2), wanted)
-
-
-def compare_provider(generator: Generator, other: Generator, name: str, model: CausalLM,
-                     prompts: Prompts, tolerance: float) -> dict[str, float]:
-    """Compare a folder on another provider with the CPU, along the CPU's greedy texts.
-
-    Raises ValueError as `compare_logits` does: what a provider takes, it may compute wrongly.
-    """
-    npu = other.info["target"] == "npu"      # an emulated one is slow
-    prompts, count = (prompts[:1], FEW - 1) if npu else (prompts, TOKENS)
-    texts = [[*generator.generate(prompt, count)] for prompt in prompts]
-    read = (prompts, texts) if npu else compare.with_long(generator, model, prompts, texts)
-    wrong = f"{name} does not compute what the CPU does"
-    figures = compare.compare_logits(
-        compare.logits(generator, *read), compare.logits(other, *read), tolerance,
-        f"{wrong} (try another T in --static 1xTxP)" if npu else wrong)
-    same = sum([*other.generate(p, count)] == text for p, text in zip(prompts, texts))
-    return figures | {"texts": len(prompts), "texts_equal": same}
 
 
 def rounding_explains(config: ExportConfig, exact: bool = False) -> float:

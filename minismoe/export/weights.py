@@ -30,11 +30,6 @@ class Precision(NamedTuple):
     half: bool = False                       # whether activations are float16
     targets: tuple[str, ...] = ("ort", "portable")
 
-    @property
-    def rounds(self) -> bool:
-        """Whether weights are in few bits."""
-        return self.layers > 0
-
 
 # q8 and q4f16 are transformers.js's names: rows of 8 bits for WASM, and int4 in float16 for WebGPU.
 # w8a16 and w4a16 have activations in 16 bits.
@@ -87,7 +82,7 @@ class GraphFormat:
     @property
     def rounds(self) -> bool:
         """Whether any weight is stored in few bits."""
-        return PRECISIONS[self.precision].rounds
+        return PRECISIONS[self.precision].layers > 0
 
     @property
     def rounds_activations(self) -> bool:

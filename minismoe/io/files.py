@@ -15,21 +15,10 @@ UNFINISHED = ".minismoe.tmp"                         # the end of a name before 
 
 
 @contextmanager
-def blaming(path: Path) -> Iterator[None]:
-    """Raise OSErrors of the block in the name of `path`, and not of a temporary one."""
-    try:
-        yield
-    except OSError as e:
-        e.filename = str(path)
-        raise
-
-
-@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, renamed to `path` once it is written without error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with blaming(path):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     try:
         yield Path(name)
@@ -63,9 +52,11 @@ def must_be_new(path: Path) -> None:
 def must_be_writable(path: Path) -> None:
     """Raise PermissionError if no file can be made in `path`, a folder that may not exist yet."""
     nearest = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.lexists(p))
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()      # os.access says yes of /proc, too
+    except OSError:
         raise PermissionError(f"{path} cannot be written: {nearest} is no folder that can be "
-                              "written")
+                              "written") from None
 
 
 @contextmanager
@@ -81,8 +72,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         if (lock := _lock(left)) is not None:
             shutil.rmtree(left, ignore_errors=True)
             os.close(lock)
-    with blaming(path):
-        new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     lock = _lock(new)                                # before it has a name that others look for
     tmp = new.rename(f"{new}{UNFINISHED}")
     try:

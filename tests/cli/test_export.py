@@ -1,5 +1,6 @@
 """export.py as a user runs it, on a tiny run of train.py."""
 
+import errno
 import json
 import math
 import os
@@ -219,23 +220,29 @@ def test_an_npu_folder(run: Path, tmp_path: Path, flags: str,
 
 
 def test_a_provider_that_computes_something_else_is_refused() -> None:
-    """`compare_provider` reads the same text with both, and compares."""
+    """`check_provider` reads the same text with both, and compares."""
     class Given:
-        info, room = {"target": "npu"}, abs
+        info, room, tasks = {"target": "npu"}, abs, ()
 
         def __init__(self, factor: float):
             self.factor = factor
 
-        def generate(self, prompt: list[int], count: int) -> list[int]:
-            return [1] * count
+        def use(self, task: None) -> None:
+            pass
+
+        def generate(self, prompt: list[int], count: int) -> Iterator[int]:
+            return iter([1] * count)
 
         def forced(self, prompt: list[int], text: list[int]) -> Iterator[Any]:
             return (OrtValue.from_dlpack(torch.tensor([[[0.0, 5.0 * self.factor]]]))
                     for _ in range(len(text) + 1))
 
+    part: Any = SimpleNamespace(config=ExportConfig(target="npu", precision="w8a16"))
     with mock.patch.object(compare, "Generator", Given):
         def compared(factor: float) -> dict[str, float]:
-            return verify.compare_provider(Given(1), Given(factor), "qnn", None, [[1, 2]], 2e-2)
+            figures: Any = {None: {}}
+            verify.check_provider(part, Given(1), Given(factor), "qnn", [[1, 2]] * 3, figures)
+            return figures[None]["providers"]["qnn"]
 
         found = compared(1.001)
         assert found["logits_error"] < 2e-3 and found["texts_equal"] == found["texts"] == 1
@@ -340,16 +347,15 @@ def test_a_place_that_cannot_be_written_is_seen_before_the_work(
                                (".", FileExistsError, "exists already")):
         with pytest.raises(error, match=says):
             ship(tmp_path / place, run)
-    with monkeypatch.context() as patch:
-        patch.setattr("os.access", lambda path, mode: path != tmp_path)
-        for place, flags in (tmp_path / "new" / "out", ""), (tmp_path / "new", "--vocab 64"):
-            with pytest.raises(PermissionError, match=f"{place} cannot be written: {tmp_path} is"):
-                ship(place, run, flags)
-    monkeypatch.setattr("tempfile._get_candidate_names", lambda: iter(["x/y"] * 99))
-    for flags in "", "--vocab 64":           # the system refuses, whatever it said before
-        with pytest.raises(OSError) as refused:
-            ship(tmp_path / "out", run, flags)
-        assert refused.value.filename == str(tmp_path / "out")
+
+    def refuse(dir: Path) -> None:                       # as /proc does, and a read-only disk
+        assert dir == tmp_path
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir / "tmpx"))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    for place, flags in (tmp_path / "new" / "out", ""), (tmp_path / "new", "--vocab 64"):
+        with pytest.raises(PermissionError, match=f"{place} cannot be written: {tmp_path} is no"):
+            ship(place, run, flags)
     assert (tmp_path / "file").read_text() == "mine" and len([*tmp_path.iterdir()]) == 2
 
 
@@ -886,7 +892,7 @@ def test_the_room_that_is_asked_for_is_of_adapters_too(run: Path, tmp_path: Path
     matrices = sum(plan.matrix_bytes(each, source, *linear_layers(source.trained), *vocabularies(
         source.trained)) for each in plan.resolved(config, source) if each.graph)
     least = {"": 0, "--adapters": 2 * experts, "--layout peft": experts, "--layout hf": 0}
-    assert matrices + least.get(flags, experts / 2) <= asked <= written
+    assert matrices + least.get(flags, experts / 3) <= asked <= written
 
 
 def test_a_base_in_this_folder_keeps_its_name(run: Path, tmp_path: Path,
