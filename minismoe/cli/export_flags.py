@@ -49,10 +49,9 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig:
 
 def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     """Which flags contradict each other, and how to mend it; "" if none do."""
-    reasons = {name: why for name, rules in without_effect(config).items() if name in given
-               for applies, why in reversed(rules) if applies}           # the first one remains
-    if reasons:
-        why = next(iter(reasons.values()))
+    reasons = {name: next((why for applies, why in rules if applies), "")
+               for name, rules in without_effect(config).items() if name in given}
+    if why := next(filter(None, reasons.values()), ""):
         flags = [shown(name, given) for name, same in reasons.items() if same == why]
         return f"{why}: leave out {' and '.join(flags)}"
     needs = {f"--precision {config.precision}": TARGETS.get(config.precision),

@@ -28,7 +28,7 @@ def resolved(config: ExportConfig, source: Source) -> list[ExportConfig]:
     graphs = [with_precision(graph, has_texts)
               for graph in [replace(config, precision="q4f16")] * both + [config]]
     context, static = sizes_of(config, source)
-    norm = source.trained.model.norm.weight
+    norm = source.trained.model.norm.weight              # in the dtype that the model computes in
     for graph in graphs:
         if graph.graph:
             refuse(source.trained.config, graph.target, graph.block or BLOCK, static)
