@@ -7,7 +7,8 @@ template. Without a tokenizer.json, tokens are bytes; without a template, DEFAUL
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import takewhile
+from functools import cached_property
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ DEFAULT_TEMPLATE = (
 # Put before a template with this switch: data hold answers, not thoughts, and every program that
 # opens an export should ask as training did.
 NO_THINKING = "{%- set enable_thinking = enable_thinking | default(false) %}"
+MARK = "\ufdd0"                  # a code point that Unicode keeps free for a program's own use
 
 
 class ByteTokenizer:
@@ -36,14 +38,15 @@ class ByteTokenizer:
     special = {"<|bos|>": 256, "<|end|>": 257, "<|pad|>": 258}
     vocab_size = 259
 
-    def encode(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids, and the index of the character where each starts."""
+    def encode(self, text: str, special: bool = True) -> tuple[list[int], list[int]]:
+        """Token ids, and the index of the character where each starts. special: whether the texts
+        of special tokens stand for them; else they are text like any other."""
         ids: list[int] = []
         starts: list[int] = []
-        pattern = "|".join([*map(re.escape, self.special), "(?s:.)"])
+        pattern = "|".join([*map(re.escape, self.special if special else ()), "(?s:.)"])
         for match in re.finditer(pattern, text):
-            special = self.special.get(match[0])
-            new = match[0].encode("utf-8", "replace") if special is None else [special]
+            token = self.special.get(match[0])
+            new = match[0].encode("utf-8", "replace") if token is None else [token]
             ids += new
             starts += [match.start()] * len(new)
         return ids, starts
@@ -86,9 +89,11 @@ class FileTokenizer:
         added = self.backend.get_added_tokens_decoder()
         self.special = {t.content: i for i, t in added.items() if t.special}
 
-    def encode(self, text: str) -> tuple[list[int], list[int]]:
+    def encode(self, text: str, special: bool = True) -> tuple[list[int], list[int]]:
         # Lone surrogates (half an emoji, invalid UTF-8 in argv) become "?", as in ByteTokenizer.
         text = text.encode("utf-8", "replace").decode("utf-8")
+        if special == self.backend.encode_special_tokens:        # its name for: special ones as text
+            self.backend.encode_special_tokens = not special
         with naming(f"{self.file} cannot encode {text[:40]!r}", Exception):
             # It raises, for instance, for an unknown word without an unknown token.
             encoding = self.backend.encode(text, add_special_tokens=False)
@@ -138,6 +143,25 @@ class Tokenizer:
                 raise ValueError("the chat template knows no tools, and the conversation offers "
                                  "some: put one that does into the model's chat_template.jinja")
         return text
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to where the assistant's next answer begins.
+
+        Special tokens come from the template alone: where a message holds the text of one, as
+        <|im_end|>, it is encoded as text. Others have the tokens of `encode(render(...))`.
+        """
+        text = self.render(_mark(messages, self._special_text), True)
+        # What is not marked is encoded as one: tokenizers may treat the start of a text apart.
+        pieces = self._special_text.split(text) if MARK in text else [text]
+        ids = list[int]()
+        for is_marked, run in groupby(pieces, lambda piece: MARK in piece):
+            ids += self.encode("".join(run).replace(MARK, ""), special=not is_marked)[0]
+        return ids
+
+    @cached_property
+    def _special_text(self) -> re.Pattern[str]:
+        """Matches the text of any special token."""
+        return re.compile(f"({'|'.join(map(re.escape, self.special)) or '(?!)'})")   # (?!): nothing
 
     def parse(self, messages: Sequence[Message], answer: str) -> Message:
         """The assistant's message that answers `messages` with this text. It has tool_calls if they
@@ -221,6 +245,15 @@ def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if template and "enable_thinking" in template and not template.startswith(NO_THINKING):
         template = NO_THINKING + template
     return template
+
+
+def _mark(value: Any, special: re.Pattern[str]) -> Any:
+    """A value of JSON with MARK after each character of what `special` matches in its texts."""
+    if isinstance(value, str):
+        return special.sub(lambda match: "".join(c + MARK for c in match[0]), value)
+    if isinstance(value, Mapping):
+        return {key: _mark(item, special) for key, item in value.items()}
+    return [_mark(item, special) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _content(token: Any) -> str:
