@@ -123,15 +123,12 @@ class Graph:
             "attention_mask": torch.ones(1, len(tokens), dtype=torch.int64).numpy(),
             **self.empty})[0][0, -1])
 
-    def says(self, count: int, *texts: str, penalty: float = 1.0) -> str:
-        """The first tokens of the answer to a chat; penalty: of tokens that are in the text."""
+    def says(self, count: int, *texts: str) -> str:
+        """The first tokens of the answer to a chat."""
         tokens = self.prompt(*texts)
         start = len(tokens)
         for _ in range(count):
-            logits = self.logits(tokens)
-            logits[tokens] = torch.where(
-                logits[tokens] > 0, logits[tokens] / penalty, logits[tokens] * penalty)
-            tokens.append(int(logits.argmax()))
+            tokens.append(int(self.logits(tokens).argmax()))
         return self.tokenizer.decode(tokens[start:])
 
 
@@ -153,6 +150,9 @@ def test_the_server_gives_only_files_of_the_folder(web: Path) -> None:
     (web.parent / "secret").write_text("secret")
     with served(web, "0") as address:
         (web / "link").symlink_to(web.parent / "secret")
+        for hidden in ".env", ".git/config", "onnx/.env":
+            (web / hidden).parent.mkdir(exist_ok=True)
+            (web / hidden).write_text("secret")
 
         def get(path: str, host: str = "localhost") -> tuple[int, http.client.HTTPMessage, bytes]:
             connection = http.client.HTTPConnection(address.split("/")[2], timeout=30)
@@ -168,7 +168,8 @@ def test_the_server_gives_only_files_of_the_folder(web: Path) -> None:
         assert headers["Cache-Control"] == "no-cache"
         assert get("/offline.js")[1]["Content-Type"].startswith("text/javascript")
         for path in ("/../secret", "/%2e%2e/secret", "/link", "/onnx/../../secret", "/onnx/",
-                     f"/{web.parent}/secret", "/nothing", "/%00"):
+                     f"/{web.parent}/secret", "/nothing", "/%00", "/.env", "/.git/config",
+                     "/onnx/.env", "/%2eenv", "/onnx/../.env"):
             status, _, content = get(path)
             assert status in (403, 404) and b"secret" not in content.replace(b"/secret", b"")
         assert get("/", "evil.example")[0] == get("/", "[")[0] == 403
@@ -246,16 +247,17 @@ def ask(tab: Browser, text: str, *starts: str, seconds: float = 60) -> str:
     return tab.text(".assistant")
 
 
+def shares_of(graph: Graph, question: str, answer: str) -> list[float]:
+    """How likely each token of an answer is, as a share of the likeliest token in its place."""
+    tokens, start = [*graph.prompt(question), *answer.encode()], len(graph.prompt(question))
+    rows = [graph.logits(tokens[:end]) for end in range(start, len(tokens))]
+    return [float((row[token] - row.max()).exp()) for row, token in zip(rows, tokens[start:])]
+
+
 def take(tab: Browser, task: str) -> None:
     """Choose a task and begin a new chat."""
     tab.js(f"document.querySelector('#task').value = {json.dumps(task)}")
     tab.js("document.querySelector('#anew').click()")
-
-
-def set_up(tab: Browser, **settings: object) -> None:
-    """Fill fields of the page's settings."""
-    for name, value in settings.items():
-        tab.js(f"document.querySelector('#{name}').value = {json.dumps(value)}")
 
 
 @needs_browser
@@ -295,36 +297,38 @@ def test_the_page_in_a_browser(web: Path) -> None:
 
 
 @needs_browser
-def test_a_chat_and_its_settings(web: Path) -> None:
-    """A chat is read from its first new token; answers of a set have Python's probabilities; a
-    question that fails is taken back; after an error that nothing awaits, nothing can be sent."""
+def test_a_chat(tmp_path: Path) -> None:
+    """It is read from its first new token; a temperature draws; answers of a set have Python's
+    probabilities; a question that fails is taken back; after an error that nothing awaits, nothing
+    can be sent."""
+    save_random(tmp_path / "base", CONFIG | {"eos_token_id": [257, *b"Tv"]})     # which end answers
+    (tmp_path / "base" / "chat_template.jinja").write_text(TEMPLATE)
+    web = tmp_path / "web"
+    ship(web, "--model", tmp_path / "base", "--layout web --context 2048")
+    write_tasks(web)
     vendor(web)
     graph = Graph(web)
     with served(web) as address, Browser() as tab:
         load(tab, address)
         take(tab, "")
-        set_up(tab, tokens=12)
         first = ask(tab, "Hello")
-        assert first == graph.says(12, "Hello")
+        assert 5 < len(first) < 50 and first == graph.says(len(first), "Hello")
         second = ask(tab, "More")
-        assert second == graph.says(12, "Hello", first, "More")
+        assert second == graph.says(len(second), "Hello", first, "More")
         title = tab.js("document.querySelector('#status').title")
         # The last token of an answer is chosen, but not read.
         length, new = len(graph.prompt("Hello", first, "More")), len("?\nuser:More\nassistant:")
         assert title == f"The chat has {length} of 2048 tokens; {new} of them were new"
 
-        take(tab, "")
-        set_up(tab, penalty=1.5)
-        varied = ask(tab, "Hello")
-        assert varied == graph.says(12, "Hello", penalty=1.5)
-        set_up(tab, until=varied[2:4])
-        take(tab, "")
-        assert ask(tab, "Hello") == varied[:2]
-        for temperature, share in ((2, 2), (-1, 0)):     # as 1: the likeliest is left; and as 0
-            set_up(tab, until="", penalty=1, temperature=temperature, minP=share)
+        drawn = set()
+        for temperature, least in [(0.5, 0.01)] * 3 + [(-1, 0.99)]:
+            tab.js(f"document.querySelector('#temperature').value = {temperature}")
             take(tab, "")
-            assert ask(tab, "Hello") == first
-        set_up(tab, temperature=0)
+            drawn.add(answer := ask(tab, "Hello"))
+            # At least 0.05 times as likely as the likeliest ones are drawn, but browsers round.
+            assert min(shares_of(graph, "Hello", answer[:100])) ** 2 > least
+        assert answer == first and len(drawn) > 1
+        tab.js("document.querySelector('#temperature').value = 0")
 
         take(tab, "pick")
         answers = {text: [*f"{text}\n".encode(), 257] for text in CHOICES}
@@ -415,16 +419,14 @@ def test_a_new_export_replaces_the_old(web: Path, tmp_path: Path) -> None:
             tab.wait(f"document.querySelector('#name')?.textContent === {json.dumps('base')}")
             tab.wait_status("Ready")
             take(tab, "")
-            set_up(tab, tokens=20)
-            assert ask(tab, "Hello") == Graph(folder).says(20, "Hello")
+            assert ask(tab, "Hello")[:20] == Graph(folder).says(20, "Hello")
             files = read_json(folder / "export.json")["files"].values()
             kept = {h for h in tab.js(hashes) if len(h) == 64}
             ours = {f["sha256"] for f in files}
             assert len(kept & ours) > 5 and len(kept - ours) == 3        # transformers.js
         host.cut = ("export.json", 20)           # the connection breaks: as if there were no server
         load(tab, host.address)
-        set_up(tab, tokens=20)
-        assert ask(tab, "Hello") == Graph(folder).says(20, "Hello")
+        assert ask(tab, "Hello")[:20] == Graph(folder).says(20, "Hello")
         host.folder = tmp_path / "other"
         tab.open(host.address)
         tab.wait("document.body?.textContent === 'another program'")
@@ -453,8 +455,7 @@ def test_a_load_that_broke_off_goes_on(web: Path, tmp_path: Path) -> None:
             assert host.requests.count("export.json") == 1
             assert any(f"{DATA} from " in r for r in host.requests) == host.ranges
             take(tab, "")
-            set_up(tab, tokens=20)
-            assert ask(tab, "Hello") == Graph(web).says(20, "Hello")
+            assert ask(tab, "Hello")[:20] == Graph(web).says(20, "Hello")
             tab.js("document.querySelector('#forget').click()")
             tab.wait_status("This browser keeps nothing")
             assert not tab.js("caches.keys().then(keys => keys.length)")
@@ -545,8 +546,7 @@ def test_a_gpu_that_is_of_no_use_is_left_for_wasm(web: Path, tmp_path: Path, bro
         assert re.fullmatch(rf"Ready on WASM, \d+ threads?, as this GPU {reason}", said)
         assert tab.js("document.querySelectorAll('#task option').length") == 3
         take(tab, "")
-        set_up(tab, tokens=20)
-        assert ask(tab, "Hello") == Graph(web).says(20, "Hello")
+        assert ask(tab, "Hello")[:20] == Graph(web).says(20, "Hello")
         tab.call("HeapProfiler.collectGarbage", tab.worker)
         assert tab.call("Runtime.getHeapUsage", tab.worker)["backingStorageSize"] < 4_000_000
 

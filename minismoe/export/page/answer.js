@@ -1,6 +1,7 @@
 // Answers of the model: tokens one after another, or the likeliest of a set.
 
 const BURST = 200;                       // ms: "stop" is heard between calls of the model
+const LEAST = 0.05;
 
 // What the model has read, with its keys and values. A text that begins like the last one, as in a
 // chat that goes on, is read from the first token that differs.
@@ -64,13 +65,13 @@ class Reader {
 }
 
 // The tokens that follow `ids`, as they come: at most `room`, and the one of `stops` that ends them.
-async function* answer(reader, ids, room, stops, settings, stopped) {
-  const greedy = !settings.temperature && settings.penalty === 1;
+async function* answer(reader, ids, room, stops, temperature, stopped) {
+  const greedy = !temperature;
   const { port1, port2 } = new MessageChannel();
   for (let count = 1, found; room > 0 && !stopped(); room -= found.length) {
     const start = performance.now(), result = await reader.after(ids, count, stopped);
     if (!result) return;
-    found = greedy && reader.several ? result.chosen : [next(result.logits, settings, ids)];
+    found = greedy && reader.several ? result.chosen : [next(result.logits, temperature)];
     yield found;
     if (stops.includes(found.at(-1))) return;
     ids = [...ids, ...found];
@@ -80,19 +81,14 @@ async function* answer(reader, ids, room, stops, settings, stopped) {
   }
 }
 
-// The next token by its logits: the likeliest or, with a temperature, one that is drawn. As in
-// transformers, `penalty` makes tokens of the text so far less likely, and `minP` leaves those out
-// whose probability is below that share of the likeliest one's.
-function next(logits, { temperature, penalty, minP }, ids) {
-  const scores = Float64Array.from(logits);
-  for (const id of penalty === 1 ? [] : new Set(ids)) {
-    scores[id] = scores[id] > 0 ? scores[id] / penalty : scores[id] * penalty;
-  }
-  const best = scores.reduce((best, score, id) => score > scores[best] ? id : best, 0);
-  if (Number.isNaN(scores[best])) throw new Error("the model's logits are not numbers");
+// The next token by its logits: the likeliest or, with a temperature, one that is drawn among those
+// at least LEAST times as likely.
+function next(logits, temperature) {
+  const best = logits.reduce((best, score, id) => score > logits[best] ? id : best, 0);
+  if (Number.isNaN(logits[best])) throw new Error("the model's logits are not numbers");
   if (!temperature) return best;
-  const masses = scores.map(score => Math.exp((score - scores[best]) / temperature))
-    .map(mass => mass < minP ? 0 : mass);
+  const masses = Float64Array.from(logits, score => Math.exp((score - logits[best]) / temperature))
+    .map(mass => mass < LEAST ? 0 : mass);
   let left = Math.random() * masses.reduce((sum, mass) => sum + mass, 0);
   const drawn = masses.findIndex(mass => (left -= mass) < 0);
   return drawn < 0 ? best : drawn;                   // the sum was rounded

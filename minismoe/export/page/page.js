@@ -137,12 +137,8 @@ function ask() {
   if (task?.choices.length) {
     worker.postMessage({ does: "choose", messages, task: name, choices: task.choices });
   } else {
-    const settings = { stop: $.until.value };
-    for (const input of [$.tokens, $.temperature, $.penalty, $.minP]) {
-      const { valueAsNumber: value, min, max } = input;
-      settings[input.id] = Math.min(max || Infinity, Math.max(min, value || 0));
-    }
-    worker.postMessage({ does: "ask", messages, settings });
+    const { valueAsNumber: value, max } = $.temperature;
+    worker.postMessage({ does: "ask", messages, temperature: Math.min(max, Math.max(0, value || 0)) });
   }
 }
 

@@ -84,31 +84,19 @@ async function start([script, factory, wasm], content, threads) {
   return library;
 }
 
-async function ask({ messages, settings }) {
-  const ids = prompt(messages, 1), { stop } = settings;
-  const start = performance.now(), times = [];
-  let read, held = "", ended = false;              // what may be the beginning of `stop` is held back
-  const say = (text, last = false) => {
-    if (ended) return;
-    held += text;
-    const at = stop ? held.indexOf(stop) : -1;
-    ended = at >= 0;
-    const count = ended ? at : last ? held.length : Math.max(0, held.length - stop.length + !!stop);
-    post("text", { text: held.slice(0, count) });
-    held = held.slice(count);
-  };
-  const streamer = streamerOf(say);
+async function ask({ messages, temperature }) {
+  const ids = prompt(messages, 1), start = performance.now(), times = [];
+  const streamer = streamerOf(text => post("text", { text }));
   streamer.put([[]]);                        // the prompt, which is skipped
-  const room = Math.min(context - ids.length, settings.tokens || Infinity);
+  let read;
   stopped = false;
   reader.anew = 0;
-  for await (const tokens of answer(reader, ids, room, stops, settings, () => stopped || ended)) {
+  for await (const tokens of answer(reader, ids, context - ids.length, stops, temperature, () => stopped)) {
     read ??= reader.anew;
     times.push(...tokens.map(() => performance.now()));
     streamer.put([tokens.map(BigInt)]);
   }
   streamer.end();
-  say("", true);
   post("done", { read, length: ids.length, context, first: (times[0] - start) / 1000, tokens: times.length,
                  seconds: (times.at(-1) - times[0]) / 1000 });
 }
