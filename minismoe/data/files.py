@@ -2,7 +2,7 @@
 
 A file is NAME.jsonl, with a JSON object a line, or NAME.json, with such lines or a list of them, or
 a table NAME.csv or NAME.tsv, whose first row names its columns; or one of these with .gz at its
-end. The text is UTF-8, or UTF-16 with a byte order mark.
+end. The text is UTF-8, UTF-16 or UTF-32.
 """
 
 import codecs
@@ -109,8 +109,8 @@ def raw_lines(file: Path, columns: Columns = ()) -> list[bytes]:
     try:
         if file.suffix.lower() == ".gz":
             content = gzip.decompress(content)
-        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            content = content.decode("utf-16").encode()
+        if not (encoding := json.detect_encoding(content)).startswith("utf-8"):
+            content = content.decode(encoding).encode()
         content = content.removeprefix(codecs.BOM_UTF8)
         if TABLE.search(file.name):
             return table_rows(content, ".tsv" in file.name.lower(), columns)

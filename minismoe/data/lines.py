@@ -3,10 +3,12 @@
 In each form may stand "tools", which messages call (tools.py), and "system", a text.
 """
 
+import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,16 @@ ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_KEYS = ("role", "content", "name", "tool_call_id", "tool_calls", "weight")
 WEIGHTS = ("weight", "train")    # 0 or false: an answer that is not trained on
 BadLines = defaultdict[tuple[Path, str], list[int]]      # (file, reason) -> numbers of lines
+
+
+class Conversation(list[Message]):
+    """The messages of a line."""
+
+    @cached_property
+    def key(self) -> bytes:
+        """The same of two conversations that differ in white space around their texts alone."""
+        stripped = [{**m, "content": m.get("content", "").strip()} for m in self]
+        return hashlib.blake2b(json.dumps(stripped).encode(), digest_size=16).digest()
 
 
 @dataclass
@@ -62,7 +74,7 @@ def refuse_lines(bad: BadLines) -> None:
 def read_lines(file: Path, bad: BadLines, contents: Contents, columns: Columns = (),
                ) -> list[list[Message]]:
     """The conversations of a file; lines that are none are added to `bad`."""
-    conversations, lines = [], list[bytes]()
+    conversations, lines = list[list[Message]](), list[bytes]()
     try:
         lines = raw_lines(file, columns)
     except ValueError as e:
@@ -75,7 +87,7 @@ def read_lines(file: Path, bad: BadLines, contents: Contents, columns: Columns =
                 raise ValueError(f"the line has {len(line):,} bytes; at most {LONGEST_LINE:,}")
             messages = to_messages(json.loads(line.decode("utf-8")), contents)
             json.dumps(messages, ensure_ascii=False).encode()        # fails on half an emoji
-            conversations.append(messages)
+            conversations.append(Conversation(messages))
         except UnicodeDecodeError:
             bad[file, "it is not UTF-8: save the file as UTF-8"].append(number)
         except json.JSONDecodeError as e:

@@ -4,7 +4,6 @@ A task is a folder with train.jsonl and, preferably, valid.jsonl and test.jsonl,
 files.py says which files are read, and forms.py what their lines hold.
 """
 
-import json
 import os
 import random
 from collections import Counter
@@ -19,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..io.files import naming
 from ..method.loss import IGNORE
 from .files import WORDS, Columns, scan, task_places
-from .lines import BadLines, Contents, read_lines, refuse_lines
+from .lines import BadLines, Contents, Conversation, read_lines, refuse_lines
 from .tokenizer import Message, Tokenizer
 
 MOST_CHOICES = 300               # answers of a task that are still a small set
@@ -94,9 +93,9 @@ def load_tasks(data: str | Path, names: Sequence[str] = (), seed: int = 0, colum
     return tasks
 
 
-def comparable(messages: Sequence[Message]) -> str:
-    """What two conversations share that are the same but for white space around their texts."""
-    return json.dumps([{**m, "content": m.get("content", "").strip()} for m in messages])
+def comparable(messages: Sequence[Message]) -> bytes:
+    """The same of two conversations that differ in white space around their texts alone."""
+    return (messages if isinstance(messages, Conversation) else Conversation(messages)).key
 
 
 def _load_task(name: str, path: Path, seed: int, columns: Columns, bad: BadLines) -> Task:

@@ -120,7 +120,7 @@ def test_unicode_line_ends_and_crlf_survive(tmp_path: Path, form: str) -> None:
     (b'{"prompt": "\xff", "completion": "a"}', "it is not UTF-8: save the file as UTF-8"),
     (r'{"prompt": "\ud83d", "completion": "a"}', "surrogates not allowed"),
     ("[" * 100_000, "recursion"),
-    (json.dumps({"prompt": "x " * 5_000_000}), "the line has 10,000,014 bytes; at most 1,048,576"),
+    ("{" + " " * (1 << 20), "the line has 1,048,577 bytes; at most 1,048,576"),
     ("[1]", "not a JSON object but list"),
     ("{}", "it has nothing"),
     ('{"prompt": "a", "answer": "b"}', "it has prompt, answer"),
@@ -218,11 +218,13 @@ def test_each_kind_of_file_holds_the_same_lines(tmp_path: Path) -> None:
             "a.jsonl": text.encode(), "b.json": json.dumps(values, indent=1).encode(),
             "c.csv": b"id,text\n1,hello\n", "d.JSONL": text.encode("utf-16"),
             "e.jsonl.gz": gzip.compress(text.encode()), "f.json": text.encode(),
-            "g.jsonl": json.dumps(values).encode(), "settings.json": b'{\n "a": [1]}'}.items():
+            "g.jsonl": json.dumps(values).encode(), "h.jsonl": text.encode("utf-16-be"),
+            "i.jsonl": text.encode("utf-16-le"), "settings.json": b'{\n "a": [1]}'}.items():
         (tmp_path / name).write_bytes(content)
     tasks = load_tasks(tmp_path)
-    assert [task.name for task in tasks] == [*"abdefg"]
+    assert [task.name for task in tasks] == [*"abdefghi"]
     for task in tasks:
+        assert all(isinstance(vars(line)["key"], bytes) for line in task.train)  # computed once
         assert sorted(prompts(task.train + task.valid + task.test)) == [f"q{i}" for i in range(9)]
     convert, settings = [note for note in tasks[0].notes if "not read" in note]
     assert settings == "settings.json not read: it holds no task lines"
