@@ -21,6 +21,7 @@ from minismoe.export.ship import freeze_and_round
 from minismoe.export.weights import GraphFormat
 from minismoe.io.files import read_json
 from minismoe.model.decoder import CausalLM, Config
+from minismoe.runtime import Generator
 
 CONFIG = BYTES | {"hidden_size": 64, "max_position_embeddings": 96}
 KINDS = {"ort": ("ort", None), "portable": ("portable", None),
@@ -61,21 +62,66 @@ def rounded(tree: CausalLM, form: GraphFormat, model: CausalLM | None = None,
     return part.shipped
 
 
+class Watched(Generator):
+    """A generator that notes in `sizes` how many tokens each step reads."""
+
+    def __init__(self, *args: Any, **options: Any):
+        self.sizes: list[int] = []
+        super().__init__(*args, **options)
+
+    def step(self, tokens: Sequence[int]) -> Any:
+        self.sizes.append(len(tokens))
+        return super().step(tokens)
+
+
 def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
-           precision: str = "fp32", **beside: nn.Linear) -> Path:
-    """An exported folder of layout onnx."""
+           precision: str = "fp32", files: Mapping[str, str] = {}, **beside: nn.Linear) -> Path:
+    """An exported folder of layout onnx, with these files. Without a tokenizer.json among them, its
+    tokens are bytes."""
     target, static = KINDS[kind]
     c, form = model.config, GraphFormat(target, precision, context, static=static)
     folder.mkdir()
     graph.write_decoder(folder / "model.onnx", stored(model, form, beside), form)
     steps.write_sampler(folder / "sampler.onnx", c.vocab_size)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    for name, text in ({"config.json": json.dumps(CONFIG)} | dict(files)).items():
+        (folder / name).write_text(text)
     describe(folder, target=target, context=context, static=static, layers=len(c.attention_layers),
              kv_heads=c.num_key_value_heads, head_dim=c.head_dim, vocab_size=c.vocab_size,
              cache_type="float16" if precision == "fp16" else "float32",
              contract={"cache": {"ort": "shared", "portable": "growing"}.get(kind, "fixed")},
              format="minismoe.export/1", adapters={})
     return folder
+
+
+def scripted(folder: Path, *pieces: str, template: str | None = None,
+             after: Mapping[str, str] = {}) -> Path:
+    """An exported folder that answers each prompt with these pieces, each a token, and ends: the
+    next token depends on the last one alone. after: {token: another that follows it}. After the
+    token "<nan>", logits are not numbers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({text: i for i, text in enumerate(bytes_)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(list(pieces))
+    tokenizer.add_special_tokens(["<|end|>"])
+    size = 4 * (-(-tokenizer.get_vocab_size() // 4))
+    model = random_model(vocab_size=size, hidden_size=size, head_dim=16, tie_word_embeddings=False)
+    for name, p in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            torch.nn.init.zeros_(p)          # so that a layer changes nothing
+    follows = dict(zip(pieces, (*pieces[1:], "<|end|>"))) | dict(after)
+    torch.nn.init.eye_(model.model.embed_tokens.weight.data)
+    torch.nn.init.zeros_(model.lm_head.weight.data)
+    for token in range(size):
+        next_one = follows.get(tokenizer.id_to_token(token) or "", pieces[0])
+        model.lm_head.weight.data[tokenizer.token_to_id(next_one), token] = 1
+    if "<nan>" in pieces:
+        model.model.embed_tokens.weight.data[tokenizer.token_to_id("<nan>")] = torch.nan
+    return export(model, folder, context=512, files={
+        "config.json": json.dumps({"vocab_size": size}), "tokenizer.json": tokenizer.to_str(),
+        "tokenizer_config.json": json.dumps({"eos_token": "<|end|>", "chat_template": template})})
 
 
 def ship(out: Path, *flags: object) -> dict[str, Any]:

@@ -37,10 +37,11 @@ class ByteTokenizer:
 
     special = {"<|bos|>": 256, "<|end|>": 257, "<|pad|>": 258}
     vocab_size = 259
+    longest = 7                              # characters of a token
 
     def encode(self, text: str, special: bool = True) -> tuple[list[int], list[int]]:
-        """Token ids, and the index of the character where each starts. special: whether the texts
-        of special tokens stand for them; else they are text like any other."""
+        """Token ids, and the index of the character where each starts. special: read the texts of
+        special tokens as these tokens; else as text."""
         ids: list[int] = []
         starts: list[int] = []
         pattern = "|".join([*map(re.escape, self.special if special else ()), "(?s:.)"])
@@ -81,6 +82,11 @@ class FileTokenizer:
         self.special: dict[str, int] = {}        # text -> id
         self.mark_special([])
 
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self.backend.get_vocab()))
+
     def mark_special(self, tokens: Sequence[str]) -> None:
         """Make tokens special, if the vocabulary has them."""
         self.backend.add_special_tokens([         # adding one again would reset its spaces
@@ -92,7 +98,7 @@ class FileTokenizer:
     def encode(self, text: str, special: bool = True) -> tuple[list[int], list[int]]:
         # Lone surrogates (half an emoji, invalid UTF-8 in argv) become "?", as in ByteTokenizer.
         text = text.encode("utf-8", "replace").decode("utf-8")
-        if special == self.backend.encode_special_tokens:        # its name for: special ones as text
+        if special == self.backend.encode_special_tokens:        # as text, by this odd name
             self.backend.encode_special_tokens = not special
         with naming(f"{self.file} cannot encode {text[:40]!r}", Exception):
             # It raises, for instance, for an unknown word without an unknown token.
@@ -144,16 +150,15 @@ class Tokenizer:
                                  "some: put one that does into the model's chat_template.jinja")
         return text
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to where the assistant's next answer begins.
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The conversation up to where the assistant's next answer begins, for `ids`. Where its
+        messages hold the text of a special token, as <|im_end|>, marks say that it is text."""
+        return self.render(_mark(messages, self._special_text), True)
 
-        Special tokens come from the template alone: where a message holds the text of one, as
-        <|im_end|>, it is encoded as text. Others have the tokens of `encode(render(...))`.
-        """
-        text = self.render(_mark(messages, self._special_text), True)
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text, which may come from `prompt`."""
         # What is not marked is encoded as one: tokenizers may treat the start of a text apart.
-        pieces = self._special_text.split(text) if MARK in text else [text]
-        ids = list[int]()
+        pieces, ids = self._special_text.split(text) if MARK in text else [text], list[int]()
         for is_marked, run in groupby(pieces, lambda piece: MARK in piece):
             ids += self.encode("".join(run).replace(MARK, ""), special=not is_marked)[0]
         return ids

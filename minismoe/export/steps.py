@@ -64,12 +64,17 @@ def _inner(*values: ValueInfoProto) -> list[ValueInfoProto]:
 def write_sampler(file: Path, vocab: int) -> None:
     """Write a graph from logits (1, 1, V) to the 64 largest, sorted.
 
-    Its outputs are `values` (1, 64), float32, and `indices` (1, 64), int64; V where V < 64.
+    Its outputs are `values` (1, 64), float32, `indices` (1, 64), int64, and `logprobs` (1, 64), the
+    log-probabilities of these tokens among all, float32; V where V < 64.
     """
     g, k = Graph(), min(64, vocab)
-    for name, top in zip(("values", "indices"), g.node("TopK", "top", "logits", [k], outputs=2)):
+    values, indices = g.node("TopK", "top", "logits", [k], outputs=2)
+    logprobs = g.node("GatherElements", "logprobs", g.node(
+        "LogSoftmax", "logprobs", "logits", axis=-1), indices, axis=-1)
+    for name, top in ("values", values), ("indices", indices), ("logprobs", logprobs):
         g.node("Squeeze", name, top, [1], named=[name])
     g.inputs = [value("logits", TensorProto.FLOAT, [1, 1, vocab])]
-    g.outputs = [value("values", TensorProto.FLOAT, [1, k]),
-                 value("indices", TensorProto.INT64, [1, k])]
+    g.outputs = [value(name, kind, [1, k]) for name, kind in (
+        ("values", TensorProto.FLOAT), ("indices", TensorProto.INT64),
+        ("logprobs", TensorProto.FLOAT))]
     g.save(file)

@@ -148,7 +148,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path | str) -> dict[str, Any]:
     """The object in a JSON file; ValueError names the file and the place of an error."""
     with naming(f"{path} is not valid JSON", ValueError, RecursionError):
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
     return value

@@ -1,28 +1,20 @@
-"""The command line of the runtime: one prompt, a pipe, or a chat."""
+"""The command line of the runtime: its flags, and what they start."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..data.tools import Function, Message, functions, with_tools
-from ..io.files import naming, read_json
-from ..io.flags import as_flags, from_flags, natural, new_parser, option, positive, text
-from ..io.process import peak_resident
-from ..io.text import clean, error_line, open_streams, print_error
+from ..io.flags import from_flags, natural, new_parser, option, positive, text
+from ..io.text import open_streams, print_error
 from .api import Api
-from .choices import answer_tokens
-from .folder import lines_of, read_choices, read_info, read_prefix, trained_system
-from .grammar import json_grammar
+from .folder import read_info
 from .sampling import Sampling
+from .terminal import Terminal
 
 if TYPE_CHECKING:
     from .generator import Generator
@@ -30,107 +22,14 @@ if TYPE_CHECKING:
 # A browser keeps a page and its model by port, so that a folder is best found at the same one.
 PORT, PORTS = 8471, 100                      # the first that --serve tries, and how many
 NEEDS = {**dict.fromkeys(("api_key", "cors", "cache", "quiet"), "serve"), "host": "api_key",
-         "best": "choices",
+         "best": "choices", "json": "lines",
          **dict.fromkeys(("top_p", "top_k", "min_p", "seed"), "temperature")}    # above 0
 CONFLICTS = {                                # a flag, and what cannot stand beside it
-    "chat": "prompt raw lines", "tools": "raw choices", "schema": "choices tools",
+    "chat": "prompt raw lines", "lines": "prompt", "tools": "raw choices",
+    "schema": "choices tools",
     "choices": "chat raw max_tokens temperature stop repetition_penalty "        # a whole answer
                "frequency_penalty presence_penalty",
     "serve": "prompt chat raw instructions tools schema choices lines stop stats"}   # of a request
-
-
-def _answer(generator: Generator, question: str | Sequence[Message], options: Mapping[str, Any],
-            stop: Sequence[str], stats: bool) -> tuple[Message, bool]:
-    """Print the answer to a prompt or a chat as it comes; returns it, and whether Ctrl-C ended it.
-
-    options: of `Generator.generate`; stop: as of `Generator.text`. Where the chat offers tools, the
-    answer is printed at its end: as calls, one a line, or as text.
-    """
-    is_raw = isinstance(question, str)
-    chat: Sequence[Message] = [{}] if isinstance(question, str) else question
-    prompt = question if isinstance(question, str) else generator.tokenizer.render(question, True)
-    times, answer, offers_tools = [time.perf_counter()], "", "tools" in chat[0]
-    interrupted = False
-
-    def show(text: str) -> None:             # a model can write control characters
-        print(clean(text, "\n\t") if sys.stdout.isatty() else text, end="", flush=True)
-
-    def timed(token: int) -> int:
-        times.append(time.perf_counter())
-        return token
-
-    try:
-        tokens = map(timed, generator.generate(prompt, **options))
-        for piece in generator.text(tokens, stop, strip=not is_raw):
-            answer += piece
-            show("" if offers_tools else piece)
-    except KeyboardInterrupt:
-        interrupted = True
-    message = generator.tokenizer.parse(chat, answer)
-    if offers_tools:
-        show("\n".join(json.dumps(call["function"], ensure_ascii=False)
-                       for call in message.get("tool_calls", ())) or message["content"])
-    print(flush=True)
-    if generator.ended == "context":
-        print(f"[the context of {generator.context} tokens is full]", file=sys.stderr)
-    if generator.ended == "max_tokens" and options.get("grammar"):
-        print(f"[the answer was cut at {options['max_tokens']} tokens]", file=sys.stderr)
-    if stats and len(times) > 1:
-        first, rest, count = times[1] - times[0], times[-1] - times[1], len(times) - 2
-        print(f"[first token {first:.3f} s, prompt {generator.prompt_tokens / first:.0f} tokens/s "
-              f"and {generator.cached_tokens} from the cache, {count + 1} tokens at "
-              f"{count / rest if rest else 0:.0f} tokens/s, "
-              f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
-    return message, interrupted
-
-
-def _choose(generator: Generator, prompts: Sequence[str], name: str, best: int | None,
-            stats: bool) -> None:
-    """Print the likeliest of --choices to each prompt; with --best N of them, and probabilities."""
-    choices, start = read_choices(generator.folder, name), time.perf_counter()
-    longest = max(map(len, answer_tokens(generator.tokenizer, tuple(choices))))
-    for tokens in generator.encoded(prompts, longest):       # before the first answer: it may fail
-        for answer in generator.choose(tokens, choices, best or 1):
-            text = clean(answer.text) if sys.stdout.isatty() else answer.text
-            print(f"{math.exp(answer.logprob):.4f}\t{text}" if best else text, flush=True)
-    if stats:
-        seconds = (time.perf_counter() - start) / len(prompts)
-        print(f"[one of {len(choices)} answers in {seconds:.3f} s, "
-              f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
-
-
-def _chat(generator: Generator, options: Mapping[str, Any], stop: Sequence[str], stats: bool,
-          system: Sequence[Message] = (), tools: Sequence[Function] = ()) -> None:
-    """Answer line by line until the input ends; Ctrl-C ends an answer, not the chat."""
-    history, results = [*system], 0          # results of calls that are still to be typed
-    ask = "> " if sys.stdin.isatty() else ""
-    if ask:
-        with suppress(ImportError):          # lines can be edited, and exceed 4,095 bytes
-            import readline  # noqa: F401
-        print("Ctrl-C stops an answer, /clear forgets, /exit or Ctrl-D ends.", file=sys.stderr)
-    while True:
-        try:
-            line = input(ask)
-            command = line.strip()
-            if command == "/exit":
-                return
-            if command in ("", "/clear"):
-                history, results = ([*system], 0) if command else (history, results)
-                continue
-            turn = {"role": "tool" if results else "user", "content": line}
-            if results > 1:
-                history, results = [*history, turn], results - 1
-                continue
-            chat = with_tools([*history, turn], tools)
-            answer, _ = _answer(generator, chat, options, stop, stats)
-            history, results = [*chat, answer], len(answer.get("tool_calls", ()))
-        except EOFError:
-            return
-        except KeyboardInterrupt:            # of a line, or while the template was rendered
-            print()
-        except ValueError as e:              # too long, or refused by the template
-            anew = "; /clear begins anew" if history else ""
-            print(f"error: {error_line(e)}{anew}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         "a file, or the answers of a task that the folder knows")
     add("--best", type=positive, metavar="N", help="with --choices: the N likeliest answers, each "
         "after its probability")
-    add("--lines", action="store_true", help="each line is a prompt of its own")
+    add("--lines", action="store_true", help="answer each line of the standard input in one line, "
+        "as it comes; line ends in an answer are written as \\n")
+    add("--json", action="store_true", help="with --lines: each answer as a JSON object")
     add("--task", help="use the adapter of this task, if the folder has adapters")
     add("--stop", type=text, action="append", default=[], metavar="TEXT", help="end the answer "
         "before this text; may be given again")
@@ -228,41 +129,23 @@ def main(argv: Sequence[str]) -> None:
         from .serve import serve  # here, since nothing else needs its libraries
         serve(api, ports, args.host, args.api_key, args.cors, args.quiet)
         return
-    generator = _open(args)
-    options = as_flags(from_flags(Sampling, vars(args)))
-    system, before = (trained_system(generator.folder), "") if args.instructions is None else (
-        read_prefix(generator.folder, args.instructions, args.raw))
-    with naming(args.tools, ValueError):
-        schemas = args.tools and Path(args.tools).read_text(encoding="utf-8-sig")
-        tools = functions(schemas, "the file")
-    if tools:
-        options["grammar"] = generator.call_grammar(tools)
-    if args.schema:
-        options["grammar"] = json_grammar(read_json(args.schema))
-
-    def chat(prompt: str) -> list[Message]:
-        return with_tools([*system, {"role": "user", "content": before + prompt}], tools)
-
-    if args.chat or (sys.stdin.isatty() and args.prompt is args.choices is None and not args.raw):
-        if before:
+    terminal = Terminal(_open(args), args)
+    at_terminal = sys.stdin.isatty() and args.prompt is args.choices is None and not (
+        args.raw or args.lines)
+    if args.chat or at_terminal:
+        if terminal.before:
             raise ValueError("--instructions TASK is text before one prompt: give PROMPT; a chat "
                              "takes --instructions FILE, as its system prompt")
-        _chat(generator, options, args.stop, args.stats, system, tools)
-        return
-    prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
-    if not prompt:
-        raise ValueError("the prompt is empty")
-    prompts = lines_of(prompt, "the prompt", "question") if args.lines else [prompt]
-    if args.prompt is None and not args.lines and (count := prompt.count("\n") + 1) > 1:
-        print(f"[{count} lines are one prompt; --lines answers each line]", file=sys.stderr)
-    if args.choices is not None:
-        _choose(generator, [generator.tokenizer.render(chat(p), True) for p in prompts],
-                args.choices, args.best, args.stats)
-        return
-    for prompt in prompts:
-        question = before + prompt if args.raw else chat(prompt)
-        if _answer(generator, question, options, args.stop, args.stats)[1]:
-            raise KeyboardInterrupt
+        terminal.talk()
+    elif args.lines:
+        terminal.lines()
+    else:
+        prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
+        if not prompt:
+            raise ValueError("the prompt is empty")
+        if args.prompt is None and (count := prompt.count("\n") + 1) > 1:
+            print(f"[{count} lines are one prompt; --lines answers each line]", file=sys.stderr)
+        terminal.once(prompt)
 
 
 def run() -> None:

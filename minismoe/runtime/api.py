@@ -1,17 +1,18 @@
 """OpenAI's protocol without HTTP: the JSON of a request to a generator's arguments, and back."""
 
 import json
-import threading
 import time
 import uuid
 from collections import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.tools import Function, Message, before_call, functions, message_of, with_tools
+from ..io.files import naming
 from ..io.flags import as_flags
 from ..io.text import error_line
 from .folder import read_info, trained_system
@@ -28,6 +29,7 @@ FIXED: Json = {"n": 1, "best_of": 1, "echo": False, "suffix": "", "logit_bias": 
 REASONS = {"stop": "stop", "max_tokens": "length", "context": "length", "": "stop"}    # at a text
 TEXT_TOKENS = 16                             # of TEXT, unless the request says so: OpenAI's default
 MOST_LIKELIEST = 20                          # whose log-probabilities a request may want
+MOST_PROMPTS = 64                            # of one request, which others wait for
 
 
 class RequestError(Exception):
@@ -38,6 +40,19 @@ class RequestError(Exception):
         kind = "invalid_request_error" if status < 500 else "server_error"
         self.status, self.body = status, {"error": {
             "message": message, "type": kind, "param": None, "code": code}}
+
+
+@contextmanager
+def blaming_requests() -> Iterator[None]:
+    """Raise the errors that a request is to blame for as RequestError."""
+    try:
+        yield
+    except ModuleNotFoundError as e:         # llguidance is not installed
+        raise RequestError(error_line(e), 501) from None
+    except ValueError as e:
+        line = error_line(e)
+        code = "context_length_exceeded" if "leaves no room" in line else None
+        raise RequestError(line, 400, code) from None
 
 
 @dataclass
@@ -74,20 +89,15 @@ class Api:
 
     def __init__(self, folder: Path, open_generator: Callable[[], "Generator"],
                  defaults: Sampling | None = None, task: str | None = None):
-        self.folder, self.open_generator, self.opening = folder, open_generator, threading.Lock()
+        self.folder, self.open_generator = folder, open_generator
         self.defaults, self.system = defaults or Sampling(), trained_system(folder)
-        self.name = folder.resolve().name
+        self.name, self.has_page = folder.resolve().name, (folder / "index.html").is_file()
         adapters = read_info(folder).get("adapters") or {}
         # {name of a model: task whose adapter it has}
         self.tasks = {self.name: task} | {f"{self.name}:{name}": name for name in adapters}
 
-    @property
-    def generator(self) -> "Generator":
-        with self.opening:
-            return self._generator
-
     @cached_property
-    def _generator(self) -> "Generator":
+    def generator(self) -> "Generator":
         try:
             return self.open_generator()
         except (LookupError, TypeError, ValueError) as e:        # no request is to blame
@@ -98,30 +108,29 @@ class Api:
         models = {model: {"id": model, "object": "model", "created": 0, "owned_by": "minismoe"}
                   for model in self.tasks}
         if name and name not in models:
-            raise RequestError(f"there is no model {name}", 404, "model_not_found")
+            raise RequestError(f"there is no model {name}; there are {', '.join(models)}", 404,
+                               "model_not_found")
         return models[name] if name else {"object": "list", "data": [*models.values()]}
 
-    def read(self, path: str, request: Json) -> Call:
+    def read(self, path: str, body: bytes) -> Call:
         """Understand a request. Raises RequestError if something is wrong with it."""
-        try:
+        with blaming_requests():
+            with naming("the request is no JSON", ValueError, RecursionError):
+                request = json.loads(body)
+            if not isinstance(request, dict):
+                raise ValueError("the request is no JSON object")
             return self._read(path == CHAT, request)
-        except ModuleNotFoundError as e:     # llguidance is not installed
-            raise RequestError(error_line(e), 501) from None
-        except ValueError as e:
-            line = error_line(e)
-            code = "context_length_exceeded" if "leaves no room" in line else None
-            raise RequestError(line, 400, code) from None
 
     def _read(self, is_chat: bool, request: Json) -> Call:
         generator, model = self.generator, _field(request, "model", str, self.name)
-        if model.startswith(f"{self.name}:"):
+        if len(self.tasks) > 1:              # where there is one model, any name means it
             self.models(model)               # raises if there is none
         for name, value in FIXED.items():
             if request.get(name) not in (value, None):
                 raise ValueError(f"{name} {request[name]!r} is not supported")
         (tools, must), likeliest = _tools(request), _likeliest(is_chat, request)
         chat = with_tools(self._messages(request), tools) if is_chat else []
-        prompts = [generator.tokenizer.render(chat, True)] if is_chat else _prompts(request)
+        prompts = [generator.tokenizer.prompt(chat)] if is_chat else _prompts(request)
         options = self._sampling(is_chat, request) | {
             "grammar": self._grammar(request, tools, must), "fast_forward": likeliest is None}
         stop = _field(request, "stop", str | list, [])
@@ -185,10 +194,11 @@ class Api:
         self.generator.check = check         # type: ignore[method-assign]
         try:
             for index, prompt in enumerate(call.prompts):
-                for part in self._parts(call, prompt):
-                    choices.append({"index": index, **part})
-                    if call.stream:
-                        yield {**head, "choices": [choices.pop()]}
+                with blaming_requests():     # a schema can be too complex for some texts only
+                    for part in self._parts(call, prompt):
+                        choices.append({"index": index, **part})
+                        if call.stream:
+                            yield {**head, "choices": [choices.pop()]}
         finally:
             del self.generator.check
         if call.wants_usage or not call.stream:
@@ -199,12 +209,14 @@ class Api:
         generator, probabilities, text, sent = self.generator, list[Json](), "", 0
         offers_tools = bool(call.chat) and "tools" in call.chat[0]
         shown = generator.tokenizer.shown_call() if offers_tools else ""
+        answer = generator.generate(prompt, **call.options)
 
         def read() -> Iterator[int]:
-            for token in generator.generate(prompt, **call.options):
+            for token in answer:
                 call.written += 1
                 if call.likeliest is not None:
-                    probabilities.append(self._probability(token, call.likeliest))
+                    probabilities.append(_probability(
+                        generator.logprobs(answer.logits, token, call.likeliest)))
                 yield token
 
         def part(content: Any, reason: str | None = None) -> Json:
@@ -219,9 +231,9 @@ class Api:
             if call.stream and end > sent:
                 new, sent = text[sent:end], end
                 yield part({"role": "assistant", "content": new} if call.is_chat else new)
-        call.cached += generator.cached_tokens
+        call.cached += answer.cached_tokens
         content: Any = text[sent:]
-        reason = REASONS[generator.ended]
+        reason = REASONS[answer.ended]
         if call.is_chat:
             message = {**generator.tokenizer.parse(call.chat, text)}
             calls = message.get("tool_calls", [])
@@ -233,13 +245,6 @@ class Api:
                     calls) else content
             content, reason = message, "tool_calls" if calls else reason
         yield part(content, reason)
-
-    def _probability(self, token: int, likeliest: int) -> Json:
-        """The log-probability of the last token, and those of the likeliest in its place."""
-        own, *others = ({"token": text, "logprob": logprob, "bytes":     # of a part of a character
-                         None if "\ufffd" in text else [*text.encode()]}           # not known
-                        for text, logprob in self.generator.logprobs(token, likeliest))
-        return {**own, "top_logprobs": others}
 
 
 def _field(part: Mapping[str, Any], name: str, kind: Any, default: Any) -> Any:
@@ -276,6 +281,8 @@ def _prompts(request: Json) -> list[Any]:
     prompts = [prompt] if is_one(prompt) else prompt
     if not isinstance(prompts, list) or not all(map(is_one, prompts)):
         raise ValueError("prompt is neither text nor token ids, nor a list of these")
+    if len(prompts) > MOST_PROMPTS:
+        raise ValueError(f"prompt holds {len(prompts)} prompts: at most {MOST_PROMPTS} a request")
     return prompts
 
 
@@ -289,6 +296,14 @@ def _likeliest(is_chat: bool, request: Json) -> int | None:
         name = "top_logprobs" if is_chat else "logprobs"
         raise ValueError(f"{name} {count!r}: expected 0 to {MOST_LIKELIEST}")
     return count
+
+
+def _probability(given: Sequence[tuple[str, float]]) -> Json:
+    """Texts and log-probabilities of a token and of the likeliest in its place, as in a chat."""
+    own, *others = ({"token": text, "logprob": logprob, "bytes":         # of a part of a character
+                     None if "\ufffd" in text else [*text.encode()]}               # not known
+                    for text, logprob in given)
+    return {**own, "top_logprobs": others}
 
 
 def _logprobs(is_chat: bool, probabilities: Sequence[Json]) -> Json:

@@ -116,17 +116,12 @@ def task_or_file(folder: Path, name: str, key: str) -> tuple[Any, str]:
 def read_choices(folder: Path, name: str) -> list[str]:
     """The answers that an exported folder knows of a task, or those of a file, one a line.
 
-    Raises ValueError as `task_or_file` and `lines_of` do.
+    Raises ValueError as `task_or_file` does, and for an empty line.
     """
     choices, text = task_or_file(folder, name, "choices")
-    return choices or lines_of(text, name, "answer")
-
-
-def lines_of(text: str, name: str, kind: str) -> list[str]:
-    """The lines of a text, which `name` and `kind` describe; ValueError if one is empty."""
-    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    lines = choices or [line.strip() for line in text.removesuffix("\n").split("\n")]
     if "" in lines:
-        raise ValueError(f"{name}, line {lines.index('') + 1} is empty: write one {kind} a line")
+        raise ValueError(f"{name}, line {lines.index('') + 1} is empty: write one answer a line")
     return lines
 
 

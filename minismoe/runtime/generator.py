@@ -9,13 +9,12 @@
         new = token and, by a grammar, those tokens that alone may follow it
         yield new                            `text` makes whole characters of tokens
         logits = read(new)
-    ended = why
+    answer.ended = why
 
 Letters: V vocabulary.
 """
 
 import ctypes
-import heapq
 import math
 import random
 from collections import Counter
@@ -29,9 +28,32 @@ import onnxruntime as ort
 from ..data.tools import Function, Message, with_tools
 from .choices import Answer, Tokens, answer_tokens, likeliest
 from .folder import FLOAT, INT64
-from .grammar import CALLS, call_grammar, follow, grammar_tokens, new_matcher
+from .grammar import CALLS, allowed, call_grammar, follow, grammar_tokens, new_matcher
 from .model import CachedModel
-from .sampling import Sampling, floats_of, log_of_sum, penalized, permitted
+from .sampling import Sampling, floats_of, penalized, permitted
+
+
+class Generation(Iterator[int]):
+    """One answer: its tokens, up to and without a stop token, are written as one iterates over it.
+
+    `generate` makes it. Iterating raises ArithmeticError for logits that are not numbers,
+    ValueError for a grammar that is too complex, and RuntimeError once another generation or
+    adapter has begun.
+    """
+
+    # "stop" (a stop token, or the end of a grammar), "max_tokens" or "context"; "" while tokens
+    # come, and if the caller, or `text` at a stop text, took no more of them.
+    ended = ""
+    logprob = 0.0                # of the tokens and the stop token together, after penalties
+    logits: Any = None           # (1, 1, V) before penalties, of which the last token was chosen
+    read_tokens = 0              # tokens of the prompt that were read
+    cached_tokens = 0            # tokens of the prompt that were in a cache
+
+    def __init__(self, write: Callable[["Generation"], Iterator[int]]):
+        self._written = write(self)
+
+    def __next__(self) -> int:
+        return next(self._written)
 
 
 class Generator(CachedModel):
@@ -44,42 +66,42 @@ class Generator(CachedModel):
     Raises FileNotFoundError or ValueError for a folder that is incomplete or broken.
     """
 
-    # Why the tokens of the last generation ended: "stop" (a stop token, or the end of a grammar),
-    # "max_tokens" or "context"; "" while they go on, and if the caller, or `text` at a stop text,
-    # took no more of them.
-    ended = ""
-    prompt_tokens = 0                        # tokens the last generation read, cached ones excluded
-
     @cached_property
     def _answer_tokens(self) -> Callable[[tuple[str, ...]], dict[Tokens, str]]:
         """`answer_tokens` of this tokenizer, which remembers the last sets of answers."""
         return lru_cache(8)(partial(answer_tokens, self.tokenizer))
 
     def generate(self, prompt: str | Sequence[int], max_tokens: int | None = None,
-                 grammar: str = "", fast_forward: bool = True, **sampling: Any) -> Iterator[int]:
-        """Yield the tokens that follow a prompt, up to and without a stop token.
+                 grammar: str = "", fast_forward: bool = True, **sampling: Any) -> Generation:
+        """The tokens that follow a prompt, to iterate over.
 
-        prompt: token ids, or text as the model reads it (`tokenizer.render` formats a chat);
+        prompt: token ids, or text as `tokenizer.prompt` or `tokenizer.render` makes it of a chat;
         grammar: of the answer, as grammar.py writes it; fast_forward: read tokens that alone may
-        follow together with those before them, without `logprobs`; sampling: fields of `Sampling`.
-        Raises ValueError for a wrong prompt or argument at the first next(), ArithmeticError for
-        NaN logits, and RuntimeError once another generation or adapter has begun.
+        follow together with those before them, without `logits`; sampling: fields of `Sampling`.
+        Raises ValueError for a wrong prompt or argument.
         """
         settings = Sampling(max_tokens, **sampling)
         if settings.top_k > self.candidates:
             raise ValueError(f"top_k {settings.top_k}: the sampler gives {self.candidates} tokens")
         tokens, = self.encoded([prompt])
-        matcher = self.matcher(grammar) if grammar else None
-        room = self.room(len(tokens))
-        steps = room if max_tokens is None else min(room, max_tokens)
+        return Generation(partial(self._write, tokens, settings, fast_forward,
+                                  self.matcher(grammar) if grammar else None))
+
+    def _write(self, prompt: list[int], settings: Sampling, fast_forward: bool, matcher: Any,
+               answer: Generation) -> Iterator[int]:
+        """Yield the tokens of `answer`, and fill in its fields."""
+        room, limit = self.room(len(prompt)), settings.max_tokens
+        steps = room if limit is None else min(room, limit)
+        ended = "max_tokens" if steps == limit else "context"
         rng, stops = random.Random(settings.seed), {*self.tokenizer.stop_ids}
-        read, written = {*tokens}, Counter[int]()
-        self.ended, ended = "", "max_tokens" if steps == max_tokens else "context"
-        logits = self.prefill(tokens)
-        begun, self.prompt_tokens = self._begun, len(tokens) - self.cached_tokens
+        read, written = {*prompt}, Counter[int]()
+        logits, answer.cached_tokens = self.prefill(prompt)
+        version, answer.read_tokens = self._version, len(prompt) - answer.cached_tokens
         while steps:
+            answer.logits = logits
             with penalized(logits, read, written, settings):
-                token = self._sample(logits, settings, rng, matcher and matcher.compute_bitmask())
+                token, logprob = self._sample(logits, settings, rng, matcher and allowed(matcher))
+            answer.logprob += logprob
             if token in stops:
                 ended = "stop"
                 break
@@ -87,7 +109,7 @@ class Generator(CachedModel):
                 matcher) else [token]
             for token in new:
                 yield token
-                if self._begun != begun:
+                if self._version != version:
                     raise RuntimeError("another generation or adapter began, or the cache was "
                                        "emptied, before this one ended")
             written.update(new)
@@ -97,35 +119,41 @@ class Generator(CachedModel):
                 break
             if steps:
                 logits = self.read(new)
-        self.ended = ended
+        answer.ended = ended
 
-    def _sample(self, logits: ort.OrtValue, sampling: Sampling, rng: random.Random,
-                mask: bytes | None) -> int:
-        """Choose the next token from logits (1, 1, V), among those of the mask, if there is one."""
+    def _candidates(self, logits: ort.OrtValue) -> tuple[list[float], list[int], float]:
+        """The largest of the logits (1, 1, V), sorted, their tokens, and log(sum(exp(logits))).
+        Raises ArithmeticError if the logits are not numbers."""
         size = self.candidates
-        best, ids = (ctypes.c_float * size)(), (ctypes.c_int64 * size)()
+        values, logprobs, tokens = (ctypes.c_float * size)(), (ctypes.c_float * size)(), (
+            ctypes.c_int64 * size)()
         io = self._sampler.io_binding()
         io.bind_ortvalue_input("logits", logits)
-        io.bind_output("values", "cpu", 0, FLOAT, [1, size], ctypes.addressof(best))
-        io.bind_output("indices", "cpu", 0, INT64, [1, size], ctypes.addressof(ids))
+        for name, kind, array in (("values", FLOAT, values), ("indices", INT64, tokens),
+                                  ("logprobs", FLOAT, logprobs)):
+            io.bind_output(name, "cpu", 0, kind, [1, size], ctypes.addressof(array))
         self._sampler.run_with_iobinding(io)
-        if not sum(best) < math.inf:         # nan, too
+        if not sum(values) < math.inf:       # nan, too
             raise ArithmeticError("the model's logits are not numbers")
-        self._last, values, tokens = logits, [*best], [*ids]
+        return [*values], [*tokens], values[0] - logprobs[0]
+
+    def _sample(self, logits: ort.OrtValue, sampling: Sampling, rng: random.Random,
+                mask: bytes | None) -> tuple[int, float]:
+        """Choose the next token from logits (1, 1, V), among those of the mask, if there is one;
+        returns it, and its log-probability."""
+        values, tokens, total = self._candidates(logits)
         if mask is not None:
             values, tokens = permitted(logits, values, tokens, mask)
-        return tokens[sampling.draw(values, rng)]
+        chosen = sampling.draw(values, rng)
+        return tokens[chosen], values[chosen] - total
 
-    def logprobs(self, token: int, count: int) -> list[tuple[str, float]]:
-        """Text and log-probability of the token that was given last and, after it, of the `count`
-        likeliest tokens: among all, without penalties, temperature and grammar.
-
-        It takes about as long as a step of a small model: Python sums over the vocabulary.
-        """
-        logits = floats_of(self._last).tolist()
-        total = log_of_sum(logits)
-        likeliest = heapq.nlargest(count, range(len(logits)), logits.__getitem__)
-        return [("".join(self._pieces([i])), logits[i] - total) for i in (token, *likeliest)]
+    def logprobs(self, logits: ort.OrtValue, token: int, count: int) -> list[tuple[str, float]]:
+        """Text and log-probability by logits (1, 1, V) of a token and, after it, of the `count`
+        likeliest tokens, at most `candidates`."""
+        _, likeliest, total = self._candidates(logits)
+        floats = floats_of(logits)
+        return [("".join(self._pieces([i])), floats[i] - total)
+                for i in (token, *likeliest[:count])]
 
     def call_grammar(self, tools: Sequence[Function], must: bool = False,
                      most: int = CALLS) -> str:
@@ -148,19 +176,25 @@ class Generator(CachedModel):
         return grammar_tokens(self.tokenizer, self.info["vocab_size"])
 
     def encoded(self, prompts: Sequence[str | Sequence[int]], new: int = 1) -> list[list[int]]:
-        """Token ids of prompts; raises ValueError if `new` more do not fit the context."""
-        rows = [self.tokenizer.encode(p)[0] if isinstance(p, str) else list(p) for p in prompts]
-        vocab, answer = self.info["vocab_size"], f" for an answer of {new}" if new > 1 else ""
-        for number, row in enumerate(rows, 1):
-            prompt = f"prompt {number} of {len(rows)}" if len(rows) > 1 else "the prompt"
+        """Token ids of prompts; raises ValueError if `new` more do not fit the context. A text that
+        has more characters than the context can hold is refused before it takes memory."""
+        rows, vocab = list[list[int]](), self.info["vocab_size"]
+        for number, given in enumerate(prompts, 1):
+            prompt = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
+            long = isinstance(given, str) and len(given) > self.context and (
+                len(given) > self.context * self.tokenizer.backend.longest)
+            row = [] if long else self.tokenizer.ids(given) if isinstance(given, str) else [*given]
+            if long or self.room(len(row) + new - 1) < 1:
+                size = f"{len(given):,} characters" if long else f"{len(row):,} tokens"
+                answer = f" for an answer of {new}" if new > 1 else ""
+                raise ValueError(f"{prompt} has {size}, which leaves no room{answer} in the "
+                                 f"context of {self.context}: shorten it, or export with a longer "
+                                 "--context or, of a static graph, past")
             if not row:
                 raise ValueError(f"{prompt} is empty")
             if not 0 <= min(row) <= max(row) < vocab:
                 raise ValueError(f"{prompt} has tokens outside of the model's {vocab}")
-            if self.room(len(row) + new - 1) < 1:
-                raise ValueError(f"{prompt} has {len(row)} tokens, which leaves no room{answer} in "
-                                 f"the context of {self.context}: shorten it, or export with a "
-                                 "longer --context or, of a static graph, past")
+            rows.append(row)
         return rows
 
     def room(self, length: int) -> int:
@@ -170,7 +204,7 @@ class Generator(CachedModel):
 
     def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[ort.OrtValue]:
         """Logits (1, 1, V) after a prompt, and after each of the tokens that follow it."""
-        yield self.prefill(prompt)
+        yield self.prefill(prompt)[0]
         for token in tokens:
             yield self.read([token])
 
@@ -185,7 +219,7 @@ class Generator(CachedModel):
         chat = with_tools(messages, tools)
         if tools:
             options.setdefault("grammar", self.call_grammar(tools))
-        tokens = self.generate(self.tokenizer.render(chat, True), **options)
+        tokens = self.generate(self.tokenizer.prompt(chat), **options)
         return self.tokenizer.parse(chat, "".join(self.text(tokens, stop)))
 
     def batch(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None = None,
@@ -207,7 +241,7 @@ class Generator(CachedModel):
             raise ValueError(f"the answers are the text {choices!r}: give a list of texts")
         answers = self._answer_tokens(tuple(choices))
         tokens, = self.encoded([prompt], max(map(len, answers)))
-        return likeliest(lambda start: self.prefill([*tokens, *start]), answers, best)
+        return likeliest(lambda start: self.prefill([*tokens, *start])[0], answers, best)
 
     def text(self, tokens: Iterable[int], stop: Sequence[str] = (), strip: bool = False,
              ) -> Iterator[str]:

@@ -16,10 +16,13 @@ FORMAT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ",
                          "key_separator": ": ", "coerce_one_of": True}}
 COMBINED, NAMING = {"anyOf", "oneOf", "$ref", "patternProperties"}, {"properties", "required"}
 CALLS = 8                                    # of one answer: small models go on calling
+EXCLUDING = ("exclusiveMinimum", "exclusiveMaximum")
+BOUNDS = ("minimum", "maximum", *EXCLUDING)
 
 
 def json_grammar(schema: Any) -> str:
-    """The grammar of a JSON value that a schema describes; ValueError if it is no object."""
+    """The grammar of a JSON value that a schema describes; ValueError if the schema is no object,
+    or has bounds that llguidance does not keep."""
     if not isinstance(schema, dict):
         raise ValueError("the schema is no JSON object")
     return f"start: {_json(schema)}"
@@ -37,6 +40,7 @@ def _json(schema: Any) -> str:
 
     def close(part: dict[str, Any]) -> dict[str, Any]:
         nonlocal combines
+        _refuse_bounds(part)
         constants = json.dumps([part.get(key) for key in ("const", "enum", "default", "examples")])
         combines = combines or bool(part.keys() & COMBINED and part.keys() & NAMING)
         combines = combines or "properties" in constants             # objects, and no schemas
@@ -46,6 +50,19 @@ def _json(schema: Any) -> str:
 
     closed = json.loads(text, object_hook=close)
     return f"%json {json.dumps({**(schema if combines else closed), **FORMAT})}"
+
+
+def _refuse_bounds(part: Mapping[str, Any]) -> None:
+    """Raise ValueError for bounds that llguidance 1.9 breaks: those of more than 64 bits, and a
+    whole number that is excluded, if the other bound is less than 1 away."""
+    bounds = {key: part[key] for key in BOUNDS if isinstance(part.get(key), int | float)}
+    low, high = min(bounds.values(), default=0), max(bounds.values(), default=0)
+    excludes = any(key in EXCLUDING and bound % 1 == 0 for key, bound in bounds.items())
+    if max(-low, high) >= 1 << 63 or excludes and len(bounds) > 1 and high - low < 1 and (
+            part.get("type") != "integer"):
+        raise ValueError(f"the grammar cannot keep the schema's bounds {json.dumps(bounds)}: give "
+                         "bounds below 2^63, and none that excludes a whole number and is less "
+                         "than 1 from the other one")
 
 
 def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function], must: bool,
@@ -139,11 +156,26 @@ def new_matcher(tokens: Any, grammar: str) -> Any:
     return LLMatcher(tokens, grammar, log_level=0)
 
 
+def allowed(matcher: Any) -> bytes:
+    """The tokens that may come next, a bit each; ValueError if there is none."""
+    mask: bytes = matcher.compute_bitmask()
+    _refuse_errors(matcher)
+    return mask
+
+
 def follow(matcher: Any, token: int, most: int) -> list[int]:
     """Let a matcher take a token; returns up to `most` tokens that alone may follow, which it has
-    taken, too. They are canonical: the tokenizer writes their text so."""
-    if not matcher.consume_token(token):
-        raise ValueError(f"the schema is too complex: {clean(matcher.get_error())}")
+    taken, too. They are canonical: the tokenizer writes their text so. Raises ValueError if there
+    is no end of them."""
+    matcher.consume_token(token)
     forced: list[int] = matcher.compute_ff_tokens()[:most] if most else []
+    _refuse_errors(matcher)
     matcher.consume_tokens(forced)
     return forced
+
+
+def _refuse_errors(matcher: Any) -> None:
+    """Raise ValueError with the first line of a matcher's error, if there is any."""
+    if matcher.is_error():
+        reason = clean(matcher.get_error().partition("<state>")[0].strip())
+        raise ValueError(f"the schema is too complex, or no value that ends matches it: {reason}")

@@ -29,8 +29,7 @@ class CachedModel:
     """The graphs of a folder, and caches of what they have read; arguments as of `Generator`."""
 
     check: Callable[[], None] = staticmethod(lambda: None)   # called before each step; may raise
-    cached_tokens = 0            # how many tokens of the last prompt were in a cache
-    _begun = 0                   # how often the cache was emptied, cut or changed
+    _version = 0                 # how often the cache was emptied, cut or changed
 
     def __init__(self, folder: str | Path, provider: str | None = None,
                  threads: int | None = None, task: str | None = None, verify: bool = False,
@@ -46,8 +45,8 @@ class CachedModel:
         # then the tokenizer takes it.
         self._open_decoder(provider, threads)
         self._sampler = open_session(self.folder / "sampler.onnx", Device(), 1)
-        best = self._sampler.get_outputs()[0].shape
-        self.candidates: int = best[1] if len(best) == 2 else 0              # tokens to draw from
+        shape = self._sampler.get_outputs()[-1].shape        # of the log-probabilities
+        self.candidates: int = shape[1] if len(shape) == 2 else 0            # tokens to draw from
         self._check_graphs()
         self.tokenizer = load_tokenizer(self.folder)
         give_back_memory()
@@ -87,7 +86,8 @@ class CachedModel:
         if (len(keys) != info["layers"] or logits.shape[-1:] != [info["vocab_size"]]
                 or {*keys} != {(kind, info["kv_heads"], info["head_dim"])}
                 or ("position_ids" in {i.name for i in inputs}) == (info["target"] == "ort")
-                or not (isinstance(self.candidates, int) and self.candidates)):
+                or not (isinstance(self.candidates, int) and self.candidates)
+                or len(self._sampler.get_outputs()) != 3):
             raise ValueError(f"{self.folder / 'export.json'} is not of this model.onnx and "
                              "sampler.onnx: export again")
 
@@ -107,7 +107,7 @@ class CachedModel:
             self._adapters[task] = file, file.get_parameters()           # in the file's memory
         # Bound as graph inputs: onnxruntime's RunOptions take adapters only without binding.
         self._adapter, self.task = self._adapters[task][1], task
-        self._begun += 1
+        self._version += 1
 
     def reset(self) -> None:
         """Empty the cache and free others. A generation that goes on raises RuntimeError at its
@@ -115,36 +115,36 @@ class CachedModel:
         self._take_cache([], 0)
 
     def _take_cache(self, tokens: list[int], spare_bytes: int) -> int:
-        """Put that cache last which gives the longest beginning of `tokens`, cut to it; returns the
-        beginning's length.
-
-        A cache that would lose more tokens than it gives is left as it is, if it fits into
-        `spare_bytes`: the latest of the others stay, as many as fit. Without another it is a new
-        one.
-        """
-        def shared(cache: GraphCache) -> int:
-            return len(os.path.commonprefix([cache.tokens, tokens]))
-
-        self._begun += 1
-        usable = [c for c in self._caches if c.adapter is self._adapter and not (
-            2 * shared(c) < len(c.tokens) and c.bytes <= spare_bytes)]       # these are spared
-        taken = max(usable, key=shared, default=None)
-        length = shared(taken) if taken else 0
-        if taken and taken.cut(length):
-            self._caches.remove(taken)
-        else:
-            taken, length = None, 0
-        while sum(cache.bytes for cache in self._caches) > spare_bytes:
+        """Put a cache last that holds a beginning of `tokens`, and nothing else; returns the
+        beginning's length. Of the others, the latest stay, as many as fit into `spare_bytes`."""
+        self._version += 1
+        cache, length = self._choose_cache(tokens, spare_bytes)
+        while sum(other.bytes for other in self._caches) > spare_bytes:
             del self._caches[0]              # before another is made: a GPU may not hold both
-        self._caches.append(taken or self._kind(
+        self._caches.append(cache or self._kind(
             self.session, self.info, self._memory, self._adapter, self._step_tokens))
         return length
 
-    def prefill(self, prompt: Sequence[int]) -> ort.OrtValue:
+    def _choose_cache(self, tokens: list[int], spare_bytes: int) -> tuple[GraphCache | None, int]:
+        """Take out the cache with the longest beginning of `tokens`, cut to it; returns it and the
+        beginning's length, or None and 0. A cache that would lose more tokens than it gives stays
+        as it is, if it fits into `spare_bytes`."""
+        shared = {cache: len(os.path.commonprefix([cache.tokens, tokens]))
+                  for cache in self._caches if cache.adapter is self._adapter}
+        usable = [cache for cache, length in shared.items()
+                  if 2 * length >= len(cache.tokens) or cache.bytes > spare_bytes]
+        cache = max(usable, key=shared.__getitem__, default=None)
+        if cache is None or not cache.cut(shared[cache]):
+            return None, 0
+        self._caches.remove(cache)
+        return cache, shared[cache]
+
+    def prefill(self, prompt: Sequence[int]) -> tuple[ort.OrtValue, int]:
         """Read a prompt, from the first token that differs from what a cache holds; returns its
-        last logits (1, 1, V). The prompt's last token is read in any case, for its logits."""
-        self.cached_tokens = self._take_cache([*prompt[:-1]], self.spare_bytes)
-        return self.read(prompt[self.cached_tokens:])
+        last logits (1, 1, V), and how many tokens were in the cache. The last token is read in any
+        case, for its logits."""
+        cached = self._take_cache([*prompt[:-1]], self.spare_bytes)
+        return self.read(prompt[cached:]), cached
 
     def read(self, tokens: Sequence[int]) -> ort.OrtValue:
         """Read more tokens into the cache; returns the logits (1, 1, V) after them.

@@ -16,9 +16,10 @@ from dataclasses import dataclass, fields
 from itertools import accumulate, takewhile
 from typing import Any
 
-from ..io.flags import above_zero, checked, flag, fraction, fraction_or_zero, natural, number
+from ..io.flags import checked, flag, fraction, fraction_or_zero, natural, number
 
 penalty = checked(float, lambda x: -2 <= x <= 2, "is not in [-2, 2]")
+factor = checked(float, lambda x: 0.01 <= x <= 100, "is not in [0.01, 100]")     # others overflow
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Sampling:
     # It divides a positive logit, and multiplies a negative one (Keskar et al. 2019).
     repetition_penalty: float = flag(
         1.0, "make tokens of the prompt and the answer less likely: above 1, such as 1.1 "
-        "(default: 1)", above_zero, metavar="F")
+        "(default: 1)", factor, metavar="F")
     # OpenAI's: they are subtracted from logits.
     frequency_penalty: float = flag(0.0, "make a token less likely by F for each time that the "
                                     "answer has it (default: 0)", penalty, metavar="F")

@@ -119,8 +119,41 @@ def test_a_file_tokenizer_encodes_as_its_library_does(bpe: Path) -> None:
     assert starts[ids.index(ours.special["<|im_end|>"])] == TEXT.index("<|im_end|>")
     assert ours.decode(ids) == TEXT.replace("<|im_end|>", "")
     assert ours.vocab_size == backend.get_vocab_size()
+    assert ours.longest == len("<|start_header_id|>")
     assert ours.special.keys() >= {"<s>", "</s>", "<|endoftext|>", "[INST]"}
     assert "the" not in ours.special
+
+
+# What a conversation's texts hold is text, whatever it looks like.
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece", ""])
+@given(said=st.lists(st.text("the cat\n日") | st.sampled_from(["yes", " 🙂 ", "<s"]),
+                     min_size=1, max_size=3))
+def test_a_prompt_has_the_tokens_of_training(request, kind: str, said: list[str]) -> None:
+    backend = FileTokenizer(request.getfixturevalue(kind)) if kind else ByteTokenizer()
+    tokenizer = Tokenizer(backend, CHATML if kind else None, "", "<|im_end|>")
+    roles = ["user", "assistant"] * 2
+    chat = [{"role": role, "content": text} for role, text in zip(roles, said)]
+    assert tokenizer.ids(tokenizer.prompt(chat)) == tokenizer.encode(
+        tokenizer.render(chat, True))[0]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece", ""])
+@pytest.mark.parametrize("text", ["{}", "a {} b", "\n{}{}\n", "<|im_{}end|>", "{} \ufdd0"])
+def test_special_tokens_come_from_the_template_alone(request, kind: str, text: str) -> None:
+    """Also in calls and tools. What a text says is what was typed."""
+    backend = FileTokenizer(request.getfixturevalue(kind)) if kind else ByteTokenizer()
+    end = "<|im_end|>" if kind else "<|end|>"
+    template = ("{{ tools | tojson if tools }}{% for m in messages %}{{ m.content }}"
+                "{{ m.tool_calls | tojson if m.tool_calls }}" + end + "{% endfor %}")
+    tokenizer, typed = Tokenizer(backend, template, "", end), text.replace("{}", end)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": typed}}}
+    chat = [{"role": "user", "content": typed, "tools": [{"x": typed}]},
+            {"role": "assistant", "content": typed, "tool_calls": [call]}]
+    ids = tokenizer.ids(tokenizer.prompt(chat))
+    assert sum(token in tokenizer.special.values() for token in ids) == 2
+    plain = tokenizer.decode(ids).replace(" ", "")
+    assert plain.count(typed.replace("\ufdd0", "").replace(" ", "")) >= 2
 
 
 def test_truncation_and_padding_of_a_file_are_ignored(bpe: Path, tmp_path: Path) -> None:

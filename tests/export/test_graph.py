@@ -438,10 +438,11 @@ def test_sampler(tmp_path: Path, vocab: int) -> None:
     write_sampler(tmp_path / "s.onnx", vocab)
     session = ort.InferenceSession(str(tmp_path / "s.onnx"))
     logits = torch.randn(1, 1, vocab)
-    values, indices = map(torch.from_numpy, session.run(None, {"logits": logits.numpy()}))
+    values, indices, logprobs = map(torch.from_numpy, session.run(None, {"logits": logits.numpy()}))
     want = logits[:, 0].topk(min(64, vocab))
     assert torch.equal(values, want.values)
     assert torch.equal(indices, want.indices)
+    torch.testing.assert_close(logprobs, logits[:, 0].log_softmax(-1).gather(1, indices))
 
 
 @pytest.mark.parametrize("family", ["smollm2", "lfm2", "qwen3_5"])

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from exported import KINDS, command, describe, export, log_probabilities, random_model
+from exported import (
+    KINDS,
+    Watched,
+    command,
+    describe,
+    export,
+    log_probabilities,
+    random_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHATML
@@ -67,21 +75,14 @@ def test_any_set(model, generator, choices: list[str], asked: str) -> None:
     agree(generator.choose(prompt, choices, len(choices)), by_hand(model, prompt, choices))
 
 
-def fed(generator: Generator, monkeypatch) -> list[int]:
-    """Numbers of tokens that each step reads, from now on."""
-    sizes, step = [], generator.step
-    monkeypatch.setattr(generator, "step", lambda new: sizes.append(len(new)) or step(new))
-    return sizes
-
-
-def test_tokens_without_a_choice_take_no_step(generator, monkeypatch) -> None:
-    length, sizes = len(PROMPTS[0]), fed(generator, monkeypatch)
+def test_tokens_without_a_choice_take_no_step(folders) -> None:
+    generator, length = Watched(folders["ort"], threads=1), len(PROMPTS[0])
 
     def steps(*choices: str, best: int = 1) -> list[int]:
-        del sizes[:]
+        del generator.sizes[:]
         generator.reset()
         generator.choose(PROMPTS[0], choices, best)
-        return sizes[:]
+        return generator.sizes[:]
     assert steps("only this") == []                             # known before anything is read
     assert steps("yes, it is", "no") == [length + 1]            # after the space: y or n
     assert steps("the answer is a", "the answer is b") == [length + len(" the answer is ")]
@@ -90,13 +91,13 @@ def test_tokens_without_a_choice_take_no_step(generator, monkeypatch) -> None:
     assert sorted(both[1:]) == sorted([len("a long wa"), len("b so it ")])
 
 
-def test_what_prompts_share_is_read_once(generator, monkeypatch) -> None:
-    header, sizes = "User: " + "one and the same question: " * 2, fed(generator, monkeypatch)
-    generator.reset()
+def test_what_prompts_share_is_read_once(folders) -> None:
+    generator = Watched(folders["ort"], threads=1)
+    header = "User: " + "one and the same question: " * 2
     prompts = [f"{header}{n}\nAssistant:" for n in "xyz"]
     for prompt in prompts:
         generator.choose(prompt, ["yes", "no"])
-    assert sizes == [len(prompts[0]) + 1, *[len("x\nAssistant: ")] * 2]
+    assert generator.sizes == [len(prompts[0]) + 1, *[len("x\nAssistant: ")] * 2]
 
 
 def test_a_generation_that_goes_on_is_refused_and_the_next_is_right(generator) -> None:
@@ -125,10 +126,9 @@ def test_refusals(generator, prompt, choices, message) -> None:
         generator.choose(prompt, choices)
 
 
-def test_a_model_without_an_end_is_refused(generator, monkeypatch) -> None:
-    monkeypatch.setattr(generator.tokenizer, "end_id", None)
+def test_a_model_without_an_end_is_refused() -> None:
     with pytest.raises(ValueError, match="no token that ends an answer"):
-        generator.choose(PROMPTS[0], ["unseen before"])
+        answer_tokens(Tokenizer(ByteTokenizer(), None, "", ""), ("yes",))
 
 
 def test_logits_that_are_not_numbers_end_it(model, tmp_path) -> None:
@@ -223,8 +223,8 @@ def test_command(generator, folders, model, tmp_path) -> None:
     assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and ": t\n" in wrong.stderr
 
 
-def test_lines_are_prompts_of_their_own(generator, folders, tmp_path) -> None:
-    """From a pipe; a wrong line is named before any answer."""
+def test_each_line_gets_a_line(generator, folders, tmp_path) -> None:
+    """With --best, the answers to it stand in this line; with --json, its object has them."""
     (tmp_path / "lines").write_text("\n".join(CHOICES))
     said = [f"{word} {n}" for n in range(3) for word in ("hello", "the", "a", "yes", "no", "who")]
     prompts = [generator.tokenizer.render([{"role": "user", "content": text}], True)
@@ -234,9 +234,12 @@ def test_lines_are_prompts_of_their_own(generator, folders, tmp_path) -> None:
     assert command(*asked, input="\r\n".join(said) + "\n").stdout.splitlines() == [
         best.text for best, _ in found]
     assert command(*asked, "--best", 2, input="\n".join(said)).stdout.splitlines() == [
-        f"{math.exp(p):.4f}\t{text}" for answers in found for text, p in answers]
-    for text, message in (("a\n \nb", "the prompt, line 2 is empty: write one question a line"),
-                          ("a\n" * 70 + "x" * 96, "prompt 71 of 71 has .* tokens, which leaves")):
-        wrong = command(*asked, input=text)
-        assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)
-        assert re.match(f"error: {message}", wrong.stderr)
+        "\t".join(f"{math.exp(p):.4f}\t{text}" for text, p in answers) for answers in found]
+    objects = command(*asked, "--best", 2, "--json", input="\n".join(said)).stdout.splitlines()
+    for line, answers in zip(map(json.loads, objects), found, strict=True):
+        assert line["text"] == answers[0].text
+        assert [(a["text"], a["probability"]) for a in line["likeliest"]] == [
+            (a.text, pytest.approx(math.exp(a.logprob))) for a in answers]
+    wrong = command(*asked, input="hello 0\n" + "x" * 96)
+    assert (wrong.returncode, wrong.stdout) == (1, found[0][0].text + "\n\n")
+    assert re.match("line 2: the prompt has .* tokens, which leaves no room for an", wrong.stderr)

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
-from exported import export, random_model
+from exported import export, random_model, scripted
 from test_serve import ASK, GOOD, HEAD, TEMPLATE, address, post, said, serving
 
-from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
 from minismoe.runtime import Generator
 
 pytestmark = pytest.mark.slow
@@ -42,7 +41,7 @@ def test_llm(generator: Generator, tmp_path: Path) -> None:
             assert done.stdout.strip() == said(generator, 20).strip(), done.stderr
 
 
-def test_langchain(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_langchain(generator: Generator, tmp_path: Path) -> None:
     chat = pytest.importorskip("langchain_openai")
     schema = {"title": "light", "description": "x", "type": "object", "required": ["on"],
               "properties": {"on": {"type": "boolean"}}}
@@ -53,9 +52,7 @@ def test_langchain(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> Non
         assert model.invoke("hello").content == expected.strip()
         assert "".join(part.content for part in model.stream("hello")) == expected
         assert {*model.with_structured_output(schema, method="json_schema").invoke("hi")} == {"on"}
-        monkeypatch.setattr(generator, "tokenizer", Tokenizer(
-            ByteTokenizer(), TEMPLATE, "", "<|end|>"))
-        vars(generator).pop("_grammar_tokens", None)
+    with serving(Generator(scripted(tmp_path / "f", "x", template=TEMPLATE), threads=1)) as client:
         tools = chat.ChatOpenAI(base_url=str(client.base_url), api_key="none", model="tiny",
                                 max_tokens=300).bind_tools([schema], tool_choice="required")
         assert tools.invoke("hi").tool_calls[0]["name"] == "light"

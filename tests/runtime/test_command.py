@@ -1,21 +1,59 @@
 """The command line of the runtime, most of it in a process without torch."""
 
 import copy
-import io
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
-from exported import command, describe, export
+from exported import command, describe, export, scripted
 from tiny import ROOT, python
 
+from minismoe.io.text import clean
 from minismoe.runtime import Generator
-from minismoe.runtime import __main__ as terminal
+from minismoe.runtime import __main__ as program
 from minismoe.runtime.folder import read_prefix
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="it needs POSIX")
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def answer(generator: Generator, chat: list[dict], limit: int = 9, **options: object) -> str:
+    """What the runtime answers to a chat, as it is printed."""
+    prompt = generator.tokenizer.render(chat, True)
+    return "".join(generator.text(generator.generate(prompt, limit, **options))).lstrip()
+
+
+def at_terminal(*args: object, typed: str) -> str:
+    """What the runtime prints at a terminal, where a user types this."""
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    settings = termios.tcgetattr(theirs)
+    settings[1] &= ~termios.OPOST            # \n is no \r\n there
+    settings[3] &= ~termios.ECHO             # what is typed is not printed
+    termios.tcsetattr(theirs, termios.TCSANOW, settings)
+    os.write(ours, typed.encode() + b"\4")   # Ctrl-D
+    process = subprocess.Popen([sys.executable, "-m", "minismoe.runtime", *map(str, args)],
+                               cwd=ROOT, stdin=theirs, stdout=theirs)
+    process.wait(60)
+    os.write(theirs, b"<end>")
+    printed = b""
+    while not printed.endswith(b"<end>"):
+        printed += os.read(ours, 1000)
+    os.close(ours)
+    os.close(theirs)
+    return printed.decode().removesuffix("<end>")
 
 
 def test_a_missing_onnxruntime_is_one_line(folders) -> None:
@@ -26,17 +64,20 @@ def test_a_missing_onnxruntime_is_one_line(folders) -> None:
 
 
 def test_command_in_a_bare_process(generator, folders) -> None:
-    prompt = generator.tokenizer.render([{"role": "user", "content": "hello"}], True)
-    expected = "".join(generator.text(generator.generate(prompt, 10))).lstrip()
+    expected = answer(generator, user("hello"), 10) + "\n"
     asked = command(folders["ort"], "hello", "--max-tokens", 10, "--stats", "--verify")
-    assert (asked.returncode, asked.stdout) == (0, expected + "\n"), asked.stderr
+    assert (asked.returncode, asked.stdout) == (0, expected), asked.stderr
     assert re.search(r"first token \S+ s, .* peak memory \d+ MB", asked.stderr)
     piped = command(folders["ort"], "--max-tokens", 10, input="hello\n")
-    assert (piped.stdout, piped.stderr) == (expected + "\n", "")
-    raw = command(folders["portable"], "some words", "--raw")
-    assert raw.stdout == "".join(generator.text(generator.generate("some words"))) + "\n"
-    assert raw.stderr == ("" if generator.ended == "stop" else
-                          "[the context of 96 tokens is full]\n")
+    assert (piped.stdout, piped.stderr) == (expected, "")
+    several = command(folders["ort"], "--max-tokens", 9, input="one\ntwo\n")
+    assert (several.stdout, several.stderr) == (
+        answer(generator, user("one\ntwo")) + "\n",
+        "[2 lines are one prompt; --lines answers each line]\n")
+    for prompt, note in (("some words", ""), ("x" * 94, "[the context of 96 tokens is full]\n")):
+        raw, text = command(folders["portable"], prompt, "--raw"), generator.generate(prompt)
+        assert raw.stdout == "".join(generator.text(text)) + "\n"
+        assert (raw.stderr, text.ended) == (note, "context" if note else "stop")
 
 
 @pytest.mark.parametrize("args, line", [
@@ -49,71 +90,52 @@ def test_failures_are_one_line(folders, args, line) -> None:
     assert run.returncode == 1 and re.fullmatch(f"error: .*{line}.*\n", run.stderr), run.stderr
 
 
+# --chat
+
 def test_chat(generator, folders) -> None:
+    """Each turn is rendered as it was trained; a text that is too long ends nothing."""
     history, expected = [], ""
     for line in ("one", "two"):
-        history.append({"role": "user", "content": line})
-        prompt = generator.tokenizer.render(history, True)
-        answer = "".join(generator.text(generator.generate(prompt, 9))).lstrip()
-        history.append({"role": "assistant", "content": answer.strip()})
-        expected += answer + "\n"
-    chat = command(folders["ort"], "--chat", "--max-tokens", 9,
+        history += user(line)
+        said = answer(generator, history)
+        history.append({"role": "assistant", "content": said.strip()})
+        expected += said + "\n"
+    done = command(folders["ort"], "--chat", "--max-tokens", 9,
                    input=f"one\n\ntwo\n{'x' * 90}\n/clear\none\n/exit\nthree\n")
-    assert chat.returncode == 0
-    assert chat.stdout == expected + expected.split("\n")[0] + "\n"
-    assert re.fullmatch("error: the prompt has .* leaves no room .*; /clear .*\n", chat.stderr)
+    assert done.returncode == 0
+    assert done.stdout == expected + expected.split("\n")[0] + "\n"
+    assert re.fullmatch("error: the prompt has .* leaves no room .*; /clear .*\n", done.stderr)
 
 
-def test_a_space_before_an_answer_is_not_printed(folders, monkeypatch, capsys) -> None:
+def test_a_space_before_an_answer_is_not_printed(tmp_path, capsys) -> None:
     """The template writes it; before the text that follows a raw prompt, it is text."""
-    monkeypatch.setattr(Generator, "generate", lambda *a, **k: iter(b"  \n yes it is"))
+    folder = scripted(tmp_path / "f", "  ", "\n yes", " it is")
     for flags, printed in ([], "yes it is\n"), (["--raw"], "  \n yes it is\n"):
-        terminal.main([str(folders["ort"]), "x", *flags])
+        program.main([str(folder), "x", *flags])
         assert capsys.readouterr().out == printed
 
 
-def test_lines_of_a_pipe_are_one_prompt_or_each_its_own(generator, folders) -> None:
-    def answer(text: str) -> str:
-        prompt = generator.tokenizer.render([{"role": "user", "content": text}], True)
-        return "".join(generator.text(generator.generate(prompt, 9))).lstrip() + "\n"
-    one, each = (command(folders["ort"], "--max-tokens", 9, *flags, input="one\ntwo\n")
-                 for flags in ((), ("--lines",)))
-    assert (one.stdout, one.stderr) == (
-        answer("one\ntwo"), "[2 lines are one prompt; --lines answers each line]\n")
-    assert (each.stdout, each.stderr) == (answer("one") + answer("two"), "")
-
-
-def test_each_call_of_an_answer_gets_its_result(generator, monkeypatch) -> None:
+def test_each_call_of_an_answer_gets_its_result(tmp_path) -> None:
     """Lines after two calls are their two results, and the next one is the user's."""
-    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
-    chats: list[list[dict]] = []
-
-    def answer(_: object, chat: list[dict], *rest: object) -> dict:
-        chats.append(chat)
-        return {"role": "assistant", "content": ""} | (
-            {"tool_calls": [call, call]} if len(chats) == 1 else {}), False
-    monkeypatch.setattr(terminal, "_answer", answer)
-    monkeypatch.setattr("sys.stdin", io.StringIO("ask\n1\n2\nmore\n"))
-    terminal._chat(generator, {}, (), False)
-    assert [[m["role"] for m in chat] for chat in chats] == [
-        ["user"], ["user", "assistant", "tool", "tool"],
-        ["user", "assistant", "tool", "tool", "assistant", "user"]]
-    assert [m["content"] for m in chats[1][2:]] == ["1", "2"]
-
-
-def test_a_chat_is_rendered_as_it_was_trained(generator, monkeypatch) -> None:
-    """The space that a template writes before an answer is generated, and not written twice."""
-    prompts: list[str] = []
-    monkeypatch.setattr(generator, "generate", lambda prompt: prompts.append(prompt) or b" yes")
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
-    terminal._chat(generator, {}, (), False)
-    assert prompts[1] == generator.tokenizer.render(
-        [{"role": r, "content": c} for r, c in (
-            ("user", "one"), ("assistant", "yes"), ("user", "two"))], True)
-    assert "Assistant: yes" in prompts[1]
+    calls = [f'\n<call>{{"name": "{name}", "arguments": {{}}}}</call>' for name in "fg"]
+    template = (                             # it takes no other chats; prompts end in : or ]
+        "{% set roles = messages | map(attribute='role') | join(' ') %}"
+        "{% if roles not in ('user', 'user assistant', 'user assistant tool tool', "
+        "'user assistant tool tool assistant user') %}{{ raise_exception(roles) }}{% endif %}"
+        "{{ tools | length if tools }}{% for m in messages %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+        "{{ {'assistant': '<|end|>', 'tool': ']', 'user': ':'}[m.role] }}{% endfor %}")
+    folder = scripted(tmp_path / "f", *calls, "done", template=template,
+                      after={calls[1]: "<|end|>", "]": "done"})
+    tools = [{"type": "function", "function": {"name": name}} for name in "fg"]
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    done = python("-m", "minismoe.runtime", folder, "--chat", "--tools", tmp_path / "tools.json",
+                  input="ask\n1\n2\nmore\n")
+    called = "".join(f'{{"name": "{name}", "arguments": {{}}}}\n' for name in "fg")
+    assert (done.stdout, done.stderr) == (f"{called}done\n{called}", "")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT reaches whole consoles there")
+@posix
 def test_interrupt_stops_the_answer_and_not_the_chat(model, tmp_path, signals) -> None:
     endless = copy.deepcopy(model)
     for ids in (slice(10, 11), slice(256, None)):               # tied: no newline, and no end
@@ -139,28 +161,71 @@ def test_interrupt_stops_the_answer_and_not_the_chat(model, tmp_path, signals) -
     assert (single.returncode, err) == (130, b"interrupted\n")
 
 
-def test_a_terminal_gets_no_control_characters(folders, tmp_path, monkeypatch) -> None:
-    written = io.StringIO()
-    monkeypatch.setattr(Generator, "generate", lambda *a, **k: iter(b"a\x1b[31mb\r\n\tc"))
-    monkeypatch.setattr(sys, "stdout", written)
-    (tmp_path / "set").write_text("a\x1b[31m")
-    for tty, expected in ((False, "a\x1b[31mb\r\n\tc\n"), (True, "a\ufffd[31mb\ufffd\n\tc\n")):
-        written.seek(0)
-        written.truncate()
-        written.isatty = lambda tty=tty: tty
-        terminal.main([str(folders["ort"]), "x"])
-        terminal.main([str(folders["ort"]), "x", "--choices", str(tmp_path / "set")])
-        assert written.getvalue() == expected + expected[:6] + "\n"
+@posix
+def test_a_terminal_gets_no_control_characters(tmp_path) -> None:
+    folder = scripted(tmp_path / "f", "a\x1b[31mb", "\r\n", "\tc")
+    (tmp_path / "set").write_text("a\x1b[31mb")
+    chosen = folder, "x", "--choices", tmp_path / "set"
+    assert python("-m", "minismoe.runtime", folder, "x").stdout == "a\x1b[31mb\n\tc\n"
+    assert python("-m", "minismoe.runtime", *chosen).stdout == "a\x1b[31mb\n"
+    assert at_terminal(folder, "x", typed="") == "a\ufffd[31mb\ufffd\n\tc\n"
+    assert at_terminal(*chosen, typed="") == "a\ufffd[31mb\n"
 
 
-def test_a_raw_prompt_at_a_terminal_is_read_as_it_is(folders, generator, monkeypatch, capsys,
-                                                     ) -> None:
-    typed = io.StringIO("hello\n")
-    typed.isatty = lambda: True
-    monkeypatch.setattr("sys.stdin", typed)
-    terminal.main([str(folders["ort"]), "--raw", "--max-tokens", "4"])
-    assert capsys.readouterr().out == "".join(generator.text(generator.generate("hello", 4))) + "\n"
+@posix
+def test_a_raw_prompt_at_a_terminal_is_read_as_it_is(folders, generator) -> None:
+    said = clean("".join(generator.text(generator.generate("hello", 4))), "\n\t")
+    assert at_terminal(folders["ort"], "--raw", "--max-tokens", 4, typed="hello\n") == said + "\n"
 
+
+# --lines
+
+def test_each_line_gets_a_line(generator, folders) -> None:
+    """A wrong one, too, with a message that has its number; others are answered nevertheless."""
+    lines = ["one", "", "x" * 96, " two "]
+    done = command(folders["ort"], "--lines", "--max-tokens", 9, input="\n".join(lines))
+    assert done.returncode == 1
+    assert done.stdout == "".join(f"{text}\n" for text in (
+        answer(generator, user("one")), "", "", answer(generator, user("two"))))
+    assert re.fullmatch("line 2: the line is empty\nline 3: the prompt has .* leaves no room .*\n"
+                        "error: 2 of 4 lines have no answer\n", done.stderr)
+    raw = command(folders["ort"], "--lines", "--raw", "--max-tokens", 9, input=" two \n")
+    assert raw.stdout == "".join(generator.text(generator.generate(" two ", 9))) + "\n"
+    assert "has no line" in command(folders["ort"], "--lines").stderr
+
+
+def test_line_ends_of_an_answer_are_two_characters_or_json(tmp_path) -> None:
+    folder = scripted(tmp_path / "f", "a", "\n", "b\r\n")
+    said = [python("-m", "minismoe.runtime", folder, "--lines", *flags, input="x\n\ny\n").stdout
+            for flags in ([], ["--json"])]
+    assert said[0] == "a\\nb\\r\\n\n\n" + "a\\nb\\r\\n\n"
+    good = {"text": "a\nb\r\n", "ended": "stop"}
+    assert [*map(json.loads, said[1].splitlines())] == [
+        good, {"text": "", "error": "the line is empty"}, good]
+
+
+def test_lines_of_a_live_pipe_are_answered_as_they_come(folders, generator) -> None:
+    with subprocess.Popen([sys.executable, "-m", "minismoe.runtime", str(folders["ort"]), "--lines",
+                           "--max-tokens", "5"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
+        patience = threading.Timer(60, process.kill)
+        patience.start()
+        for line in ("one", "two"):
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == answer(generator, user(line), 5) + "\n"
+        patience.cancel()
+
+
+def test_each_line_has_draws_of_its_own(folders, generator) -> None:
+    done = command(folders["ort"], "--lines", "--max-tokens", 9, "--temperature", 5, "--seed", 7,
+                   input="one\n" * 3)
+    said = [answer(generator, user("one"), temperature=5.0, seed=seed) for seed in (7, 8, 9)]
+    assert done.stdout.replace("\\n", "\n").replace("\\r", "\r") == "".join(
+        f"{text}\n" for text in said) and len({*said}) == 3
+
+
+# Limits
 
 def test_starts_fast_and_small(folders) -> None:
     start = time.perf_counter()
@@ -169,24 +234,24 @@ def test_starts_fast_and_small(folders) -> None:
     assert int(re.search(r"peak memory (\d+) MB", run.stderr)[1]) < 100
 
 
-def test_the_end_of_the_context_is_said(model, folders, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(Generator, "generate", lambda self, *_, **__: (
-        setattr(self, "ended", "context"), iter(b"ab"))[1])
-    terminal.main([str(folders["ort"]), "x"])
-    assert capsys.readouterr().err == "[the context of 96 tokens is full]\n"
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not bound memory so")
+def test_too_little_memory_names_the_context(model, tmp_path) -> None:
+    """A cache of 8 GB, where 4 GB may be had."""
+    describe(export(model, tmp_path / "f"), context=1 << 24)
+    code = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (4 << 30,) * 2); "
+            f"sys.argv = ['x', {str(tmp_path / 'f')!r}, 'hello']; "
+            "runpy.run_module('minismoe.runtime', run_name='__main__')")
+    done = python("-c", code)
+    assert (done.returncode, done.stderr) == (
+        1, "error: out of memory: export again, with a smaller --context\n")
 
 
-def test_too_little_memory_names_the_context(monkeypatch, capsys) -> None:
-    def full(_: object) -> None:
-        raise MemoryError
-    monkeypatch.setattr(terminal, "main", full)
-    with pytest.raises(SystemExit) as end:
-        terminal.run()
-    assert end.value.code == 1 and capsys.readouterr().err == (
-        "error: out of memory: export again, with a smaller --context\n")
+def test_memory_for_earlier_chats_is_given_in_megabytes(folders: dict[str, Path]) -> None:
+    args = program._parse([str(folders["ort"]), "--serve", "--cache", "3"])
+    assert program._open(args).spare_bytes == 3_000_000
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a shell closes streams")
+@posix
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
 def test_closed_streams_end_nothing(folders, closed) -> None:
     said = f"{sys.executable} -m minismoe.runtime {folders['ort']} hi --max-tokens 2 {closed}"

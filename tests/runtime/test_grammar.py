@@ -1,10 +1,13 @@
 """Answers that a grammar holds: JSON by random schemas, and calls as templates write them."""
 
+import itertools
 import json
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
-from exported import command, export, random_model
+from exported import Watched, command, export, random_model, scripted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,9 +22,14 @@ LIMIT = 160                                  # tokens of an answer
 
 
 @pytest.fixture(scope="module", params=[3, 4])
-def generator(request, tmp_path_factory) -> Generator:
+def folder(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("grammar") / "tiny"
-    return Generator(export(random_model(request.param), folder, context=2048), threads=1)
+    return export(random_model(request.param), folder, context=2048)
+
+
+@pytest.fixture(scope="module")
+def generator(folder) -> Watched:
+    return Watched(folder, threads=1)
 
 
 def schemas() -> st.SearchStrategy[dict[str, Any]]:
@@ -51,42 +59,45 @@ def schemas() -> st.SearchStrategy[dict[str, Any]]:
 @given(schema=schemas(), hot=st.booleans(), seed=st.integers(0, 99))
 def test_answers_parse_and_validate_or_say_that_they_were_cut(generator, schema, hot, seed) -> None:
     sampling = {"temperature": 2.0, "seed": seed} if hot else {"repetition_penalty": 1.3}
-    tokens = list(generator.generate("x", LIMIT, json_grammar(schema), **sampling))
+    answer = generator.generate("x", LIMIT, json_grammar(schema), **sampling)
+    tokens = list(answer)
     text = generator.tokenizer.decode(tokens)
-    if generator.ended == "max_tokens":
+    if answer.ended == "max_tokens":
         assert len(tokens) == LIMIT
         return
-    assert generator.ended == "stop"
+    assert answer.ended == "stop"
     jsonschema.validate(json.loads(text), schema)
 
 
 def test_what_is_likely_but_forbidden_is_replaced_by_the_likeliest_that_is_not(generator) -> None:
     """Beyond the candidates of the sampler, too: here, one token of 259 may follow."""
     text = "the only value, " * 3
-    tokens = list(generator.generate("x", LIMIT, json_grammar({"const": text})))
-    assert generator.tokenizer.decode(tokens) == json.dumps(text) and generator.ended == "stop"
+    answer = generator.generate("x", LIMIT, json_grammar({"const": text}))
+    assert "".join(generator.text(answer)) == json.dumps(text) and answer.ended == "stop"
 
 
-def test_tokens_that_alone_may_follow_are_read_in_one_step(generator, monkeypatch) -> None:
+def test_tokens_that_alone_may_follow_are_read_in_one_step(generator) -> None:
     """Text and end are as without, also where the limit falls among them."""
     schema = {"type": "object", "properties": {"colour": {"enum": ["red", "green"]}, "done": {
         "type": "boolean"}}, "required": ["colour", "done"]}
-    steps, step = [], generator.step
-    monkeypatch.setattr(generator, "step", lambda new: steps.append(len(new)) or step(new))
     for limit in (LIMIT, 20, 5):
         found = []
         for fast_forward in (False, True):
-            del steps[:]
-            tokens = [*generator.generate("x", limit, json_grammar(schema), fast_forward)]
-            found.append((tokens, generator.ended))
-        assert found[0] == found[1] and len(steps) <= 5 and len(tokens) <= limit
-    assert generator.ended == "max_tokens"
+            del generator.sizes[:]
+            answer = generator.generate("x", limit, json_grammar(schema), fast_forward)
+            found.append(([*answer], answer.ended))
+        assert found[0] == found[1] and len(generator.sizes) <= 5 and len(found[1][0]) <= limit
+    assert answer.ended == "max_tokens"
 
 
 @pytest.mark.parametrize("schema, message", [
     ({"type": "strange"}, "the schema cannot be compiled: .*strange"),
     ({"not": {}}, "the schema cannot be compiled: .*not"),
     ({"$ref": "#/nowhere"}, "cannot be compiled"), ([], "the schema is no JSON object"),
+    ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "the grammar cannot keep the"),
+    ({"type": "object", "properties": {"a": {"maximum": 1.5, "exclusiveMinimum": 1}}},
+     'the schema.s bounds {"maximum": 1.5, "exclusiveMinimum": 1}'),
+    ({"type": "integer", "minimum": 10 ** 30, "maximum": 10 ** 30}, "give bounds below 2.63"),
     ({"type": "string", "pattern": "(?=x)"}, "cannot be compiled: .*look-around")])
 def test_a_schema_that_cannot_be_compiled_is_one_line_before_anything_is_read(
         generator, schema, message) -> None:
@@ -94,6 +105,21 @@ def test_a_schema_that_cannot_be_compiled_is_one_line_before_anything_is_read(
     with pytest.raises(ValueError, match=message) as refused:
         list(generator.generate("x", grammar=json_grammar(schema)))
     assert "\n" not in str(refused.value) and generator._caches[-1].tokens == []
+
+
+def test_bounds_are_kept_or_refused() -> None:
+    """By numbers at the bounds and beside them."""
+    tokenizer, kept = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>"), 0
+    for low, lower, high, upper in itertools.product(
+            (-0.5, 0, 5), ("minimum", "exclusiveMinimum"),
+            (0, 0.5, 1, 5.5), ("maximum", "exclusiveMaximum")):
+        schema = {"type": "number", lower: low, upper: high}
+        with suppress(ValueError):           # refused, or a number as 0.5.0
+            for text in (f"{bound:g}{more}" for bound in (low, high) for more in ("", ".0", ".01")):
+                if accepts(tokenizer, json_grammar(schema), text):
+                    jsonschema.validate(json.loads(text), schema)
+                    kept += 1
+    assert kept > 30
 
 
 def test_objects_have_no_property_that_the_schema_does_not_name() -> None:
@@ -217,25 +243,25 @@ def test_the_number_of_calls_is_bounded(form, must, tags) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_random_model_that_must_call_does(generator, monkeypatch, form) -> None:
-    monkeypatch.setattr(generator, "tokenizer", writing(form))
-    vars(generator).pop("_grammar_tokens", None)
+def test_a_random_model_that_must_call_does(folder, form) -> None:
+    generator = Generator(folder, threads=1)
+    generator.tokenizer = writing(form)      # a folder of bytes has no template
+    grammar = generator.call_grammar(TOOLS, True)
     for seed in range(4):
-        answer = generator.reply(
-            [{"role": "user", "content": "x"}], TOOLS, max_tokens=600, temperature=2.0, seed=seed,
-            grammar=generator.call_grammar(TOOLS, True))
-        if generator.ended == "max_tokens":      # a list of calls may be long
+        tokens = generator.generate("x", 600, grammar, temperature=2.0, seed=seed)
+        text = "".join(generator.text(tokens))
+        if tokens.ended == "max_tokens":     # a list of calls may be long
             continue
-        for call in answer["tool_calls"]:
+        for call in generator.tokenizer.parse([{"tools": TOOLS}], text)["tool_calls"]:
             function = call["function"]
             schema, = [t["function"] for t in TOOLS if t["function"]["name"] == function["name"]]
             jsonschema.validate(function["arguments"], schema["parameters"])
 
 
-def test_a_template_that_writes_no_json_holds_no_calls(generator, monkeypatch) -> None:
+def test_a_template_that_writes_no_json_holds_no_calls(tmp_path) -> None:
     other = ("{{ tools | tojson if tools }}{% for m in messages %}{{ m.content }}"
              "{% for c in m.tool_calls or [] %}<{{ c.function.name }}>{% endfor %}{% endfor %}")
-    monkeypatch.setattr(generator, "tokenizer", Tokenizer(ByteTokenizer(), other, "", "<|end|>"))
+    generator = Generator(scripted(tmp_path / "f", "x", template=other), threads=1)
     assert generator.call_grammar(TOOLS) == ""
     with pytest.raises(ValueError, match="writes calls otherwise than as JSON"):
         generator.call_grammar(TOOLS, True)
@@ -247,13 +273,14 @@ def test_a_schema_on_the_command_line(model, tmp_path, capsys) -> None:
     folder, file = export(model, tmp_path / "f", context=600), tmp_path / "schema.json"
     schema = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 9}, "b": {
         "enum": ["x", "y"]}}, "required": ["a", "b"], "additionalProperties": False}
-    file.write_text(json.dumps(schema))
+    file.write_text(json.dumps(schema), encoding="utf-8-sig")            # as Windows saves it
     done = command(folder, "hello", "--schema", file, "--repetition-penalty", "1.3")
     assert done.returncode == 0, done.stderr
     jsonschema.validate(json.loads(done.stdout), schema)
     cut = command(folder, "hello", "--schema", file, "--max-tokens", 3)
     assert (cut.returncode, cut.stderr) == (0, "[the answer was cut at 3 tokens]\n")
     file.write_text('{"not": {}}')
-    wrong = command(folder, "hello", "--schema", file)
-    assert (wrong.returncode, wrong.stdout) == (1, "") and wrong.stderr.startswith(
-        "error: the schema cannot be compiled: ") and wrong.stderr.count("\n") == 1
+    for asked in ["hello"], ["--lines"]:
+        wrong = command(folder, *asked, "--schema", file, input="a\nb\n")
+        assert (wrong.returncode, wrong.stdout) == (1, "") and wrong.stderr.startswith(
+            "error: the schema cannot be compiled: ") and wrong.stderr.count("\n") == 1

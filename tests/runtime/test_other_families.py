@@ -39,9 +39,9 @@ def test_greedy_equals_torch(model: CausalLM, tmp_path: Path, kind: str) -> None
         cuttable = kind == "ort" and not model.config.convolutions
         for longer, fed in (([*PROMPTS[2], *expected[2][:1], *b"xyz"], 4), (b"longer: q", 1)):
             list(generator.generate(PROMPTS[2], 1))
-            said = list(generator.generate(longer, 8))
-            assert said == generate(model, [longer], 8, generator.tokenizer.stop_ids)[0]
-            assert generator.prompt_tokens == (fed if cuttable or fed == 4 else len(longer))
+            answer = generator.generate(longer, 8)
+            assert list(answer) == generate(model, [longer], 8, generator.tokenizer.stop_ids)[0]
+            assert answer.read_tokens == (fed if cuttable or fed == 4 else len(longer))
     answers = {text: tokens for tokens, text in answer_tokens(
         generator.tokenizer, ("yes", "no", "nobody")).items()}
     wanted = log_probabilities(

@@ -293,7 +293,8 @@ class Fuzz:
                 text, "x" * 10 ** 6, [rng.choice([*range(259), *NUMBERS])],
                 rng.choices(range(300), k=rng.randint(0, 70))])
         try:
-            for _ in self.api.answer(self.api.read(path, request), lambda: None):
+            call = self.api.read(path, json.dumps(request).encode())
+            for _ in self.api.answer(call, lambda: None):
                 pass
         except RequestError as e:            # whose fault it is
             raise (ValueError if e.status in (400, 404) else RuntimeError)(str(e)) from None

@@ -1,0 +1,188 @@
+"""A terminal or a pipe, where a generator answers: one prompt, a prompt a line, or a chat."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.tools import Message, functions, with_tools
+from ..io.files import naming, read_json
+from ..io.flags import as_flags, from_flags
+from ..io.process import peak_resident
+from ..io.text import clean, error_line
+from .choices import Answer, answer_tokens
+from .folder import read_choices, read_prefix, trained_system
+from .grammar import json_grammar
+from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from .generator import Generator
+
+
+class Terminal:
+    """A generator, and how it answers by the flags of the command line."""
+
+    def __init__(self, generator: Generator, args: argparse.Namespace):
+        self.generator, self.args = generator, args
+        self.options = as_flags(from_flags(Sampling, vars(args)))        # of `Generator.generate`
+        self.system, self.before = (trained_system(generator.folder), "") if (
+            args.instructions is None) else read_prefix(
+                generator.folder, args.instructions, args.raw)
+        with naming(args.tools, ValueError):
+            schemas = args.tools and Path(args.tools).read_text(encoding="utf-8-sig")
+            self.tools = functions(schemas, "the file")
+        if self.tools:
+            self.options["grammar"] = generator.call_grammar(self.tools)
+        if args.schema:
+            self.options["grammar"] = json_grammar(read_json(args.schema))
+            generator.matcher(self.options["grammar"])       # refuses a wrong one before any line
+        self.choices = args.choices and read_choices(generator.folder, args.choices)
+        if self.choices:
+            answer_tokens(generator.tokenizer, tuple(self.choices))      # as well
+
+    def once(self, text: str) -> None:
+        """Print the answer to a prompt. Raises KeyboardInterrupt if Ctrl-C ended it."""
+        if self.choices:
+            _show("".join(f"{self._shown(answer)}\n" for answer in self._choose(text)))
+        elif self._answer(self._chat(text), text, _show)[2] == "interrupted":
+            raise KeyboardInterrupt
+
+    def lines(self) -> None:
+        """Print the answer to each line of the standard input in one line, as it comes. The answer
+        to a line that is empty or too long is empty; if there was any, ValueError at the end."""
+        number = bad = 0
+        for number, line in enumerate(sys.stdin, 1):
+            line = line.removesuffix("\n")
+            try:
+                said, record = self._line(line if self.args.raw else line.strip(), number)
+            except ValueError as e:
+                said, record, bad = "", {"text": "", "error": error_line(e)}, bad + 1
+                print(f"line {number}: {error_line(e)}", file=sys.stderr)
+            said = said.replace("\r", "\\r").replace("\n", "\\n")
+            _show((json.dumps(record, ensure_ascii=False) if self.args.json else said) + "\n")
+        if bad or not number:
+            raise ValueError(f"{bad} of {number} lines have no answer" if bad else
+                             "the standard input has no line")
+
+    def _line(self, text: str, number: int) -> tuple[str, dict[str, Any]]:
+        """The answer to a line: as text, and as an object for --json."""
+        if not text:
+            raise ValueError("the line is empty")
+        if self.choices:
+            found = self._choose(text)
+            return "\t".join(map(self._shown, found)), {"text": found[0].text, "likeliest": [
+                {"text": answer.text, "probability": math.exp(answer.logprob)} for answer in found]}
+        said, message, ended = self._answer(self._chat(text), text, seed=number - 1)
+        if ended == "interrupted":
+            raise KeyboardInterrupt
+        calls = {"tool_calls": message["tool_calls"]} if "tool_calls" in message else {}
+        return said, {"text": message["content"] if calls else said, "ended": ended} | calls
+
+    def talk(self) -> None:
+        """Answer line by line until the input ends; Ctrl-C ends an answer, not the chat."""
+        history, results = [*self.system], 0         # results of calls that are still to be typed
+        ask = "> " if sys.stdin.isatty() else ""
+        if ask:
+            with suppress(ImportError):      # lines can be edited, and exceed 4,095 bytes
+                import readline  # noqa: F401
+            print("Ctrl-C stops an answer, /clear forgets, /exit or Ctrl-D ends.", file=sys.stderr)
+        while True:
+            try:
+                line = input(ask)
+                command = line.strip()
+                if command == "/exit":
+                    return
+                if command in ("", "/clear"):
+                    history, results = ([*self.system], 0) if command else (history, results)
+                    continue
+                turn = {"role": "tool" if results else "user", "content": line}
+                if results > 1:
+                    history, results = [*history, turn], results - 1
+                    continue
+                chat = with_tools([*history, turn], self.tools)
+                _, answer, _ = self._answer(chat, show=_show)
+                history, results = [*chat, answer], len(answer.get("tool_calls", ()))
+            except EOFError:
+                return
+            except KeyboardInterrupt:        # of a line, or while the template was rendered
+                print()
+            except ValueError as e:          # too long, or refused by the template
+                anew = "; /clear begins anew" if history else ""
+                print(f"error: {error_line(e)}{anew}", file=sys.stderr)
+
+    def _chat(self, text: str) -> list[Message]:
+        """The chat that asks a text."""
+        user = {"role": "user", "content": self.before + text}
+        return with_tools([*self.system, user], self.tools)
+
+    def _answer(self, chat: Sequence[Message], text: str = "", show: Callable[[str], None] =
+                lambda piece: None, seed: int = 0) -> tuple[str, Message, str]:
+        """Answer a chat or, with --raw, a text; returns the answer as text and as a message, and
+        why it ended: as of `Generation`, or "interrupted".
+
+        show: takes the answer as it comes or, if it may hold calls, at its end, one call a line;
+        seed: is added to --seed.
+        """
+        tokenizer, times, said = self.generator.tokenizer, [time.perf_counter()], ""
+        answer = self.generator.generate(
+            self.before + text if self.args.raw else tokenizer.prompt(chat),
+            **self.options | {"seed": None if self.args.seed is None else self.args.seed + seed})
+
+        def timed() -> Iterator[int]:
+            for token in answer:
+                times.append(time.perf_counter())
+                yield token
+
+        try:
+            for piece in self.generator.text(timed(), self.args.stop, strip=not self.args.raw):
+                said += piece
+                show("" if self.tools else piece)
+            ended = answer.ended
+        except KeyboardInterrupt:
+            ended = "interrupted"
+        message = tokenizer.parse(chat, said)
+        if self.tools:
+            said = "\n".join(json.dumps(call["function"], ensure_ascii=False) for call in
+                             message.get("tool_calls", ())) or message["content"]
+            show(said)
+        show("\n")
+        if ended == "context":
+            print(f"[the context of {self.generator.context} tokens is full]", file=sys.stderr)
+        if ended == "max_tokens" and self.options.get("grammar"):
+            print(f"[the answer was cut at {self.args.max_tokens} tokens]", file=sys.stderr)
+        if self.args.stats and len(times) > 1:
+            first, rest, count = times[1] - times[0], times[-1] - times[1], len(times) - 2
+            _print_stats(f"first token {first:.3f} s, prompt {answer.read_tokens / first:.0f} "
+                         f"tokens/s and {answer.cached_tokens} from the cache, {count + 1} tokens "
+                         f"at {count / rest if rest else 0:.0f} tokens/s")
+        return said, message, ended
+
+    def _choose(self, text: str) -> list[Answer]:
+        """The likeliest of --choices, as many as --best says."""
+        start, prompt = time.perf_counter(), self.generator.tokenizer.prompt(self._chat(text))
+        found = self.generator.choose(prompt, self.choices, self.args.best or 1)
+        if self.args.stats:
+            seconds = time.perf_counter() - start
+            _print_stats(f"one of {len(self.choices)} answers in {seconds:.3f} s")
+        return found
+
+    def _shown(self, answer: Answer) -> str:
+        """An answer of --choices, with --best after its probability."""
+        odds = f"{math.exp(answer.logprob):.4f}\t" if self.args.best else ""
+        return odds + answer.text
+
+
+def _show(text: str) -> None:
+    """Print a part of a line; to a terminal without control characters, as models write some."""
+    print(clean(text, "\n\t") if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def _print_stats(text: str) -> None:
+    print(f"[{text}, peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
