@@ -63,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
     command = next_command(config.layout, out, next(iter(info.get("adapters", {}).items()), None))
     if config.provider and config.layout == "onnx":
         command += f" --provider {config.provider[0]}"
+    command += f"\ncc -O2 {shlex.quote(f'{out}/answer.c')} -lonnxruntime -o answer" * config.port
     print(clean(f"{out}: {size / 1e6:.1f} MB\n{command}", "\n"))
     if config.run and not config.vocab and 3 * (rows := info.get("vocabulary_bytes", 0)) > size:
         print(trimming.hint(source, rows, size), end="")

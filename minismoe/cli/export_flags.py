@@ -90,6 +90,8 @@ def without_effect(config: ExportConfig) -> dict[str, list[tuple[Any, str]]]:
         "adapters": [(files, no_graph), (base, no_adapters), (npu, merged), (dynamic, routed)],
         "task": [(base, no_adapters), (dynamic, routed), (config.adapters, each),
                  (config.prompts, "--prompts has no tasks")],
+        "port": [(files, no_graph), (npu or layout == "web" or config.static or config.adapters,
+                                     "answer.c reads a model.onnx without fixed sizes and adapters")],
         "prompts": [(base and not config.vocab and (not rounded or precision in ("int8", "q8")),
                      no_adapters), (dynamic, routed), (config.adapters, each)],
         "vocab": [(layout == "peft", "an adapter belongs to the base with all tokens"),

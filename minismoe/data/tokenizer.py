@@ -219,10 +219,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     ends = [config.get("eos_token_id"), generation.get("eos_token_id")]      # a number or a list
     stops = sorted({i for end in ends for i in (end if isinstance(end, list) else [end])
                     if isinstance(i, int) and i >= 0})
-    if not (file := inside(folder, "tokenizer.json")).is_file():
-        if config.get("vocab_size") != ByteTokenizer.vocab_size:
-            raise FileNotFoundError(f"{folder} holds no tokenizer.json")
+    file = inside(folder, "tokenizer.json")
+    small = config.get("vocab_size") == ByteTokenizer.vocab_size     # a file may spell its bytes
+    if small and (not file.is_file() or ByteTokenizer.special == {
+            token["content"]: token["id"] for token in read_json(file)["added_tokens"]}):
         return Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>", 258, stops)
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no tokenizer.json")
     backend = FileTokenizer(file, config.get("vocab_size"))
     bos, eos, pad = (_content(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad"))
     if not eos and stops and stops[0] < backend.vocab_size:      # only its number is given

@@ -16,6 +16,7 @@ from onnx import TensorProto, ValueInfoProto
 from ..runtime import Generator
 from ..runtime.npu import EXACT
 from .nodes import all_nodes
+from .settings import Source
 
 ONNXRUNTIME = "1.30"                         # the oldest that has all kernels
 QUESTION, TOKENS, LOGITS = "What is the capital of France?", 16, 8
@@ -97,3 +98,19 @@ def _described(value: ValueInfoProto) -> dict[str, Any]:
     tensor = value.type.tensor_type
     return {"name": value.name, "type": TensorProto.DataType.Name(tensor.elem_type).lower(),
             "shape": [d.dim_param or d.dim_value for d in tensor.shape.dim]}
+
+
+def prompt(source: Source) -> dict[str, Any]:
+    """What the chat template writes before and after a question, and whether it strips the question
+    of white space; ValueError if it does not write each question of the source so."""
+    system = [{"role": "system", "content": source.system}] * (source.system is not None)
+    chats = (chat for task in source.tasks for chat in (*task.train, *task.valid, *task.test))
+    texts = (m["content"] for chat in chats for m in chat if m["role"] == "user")
+    asked = {text: source.tokenizer.render([*system, {"role": "user", "content": text}], True)
+             for text in ("\ue000", "\n a\r\n\n b \u3000", *texts)}
+    before, mark, after = asked["\ue000"].partition("\ue000")
+    for strip in (False, True):
+        if mark and all(prompt == before + (text.strip() if strip else text) + after
+                        for text, prompt in asked.items()):
+            return {"before": before, "after": after, "strip": strip}
+    raise ValueError(f"the chat template of {source.name} changes questions: apps would need Jinja")

@@ -94,13 +94,13 @@ def write_weights(layout: str, base: Path, name: str, fits: Fits, folder: Path) 
         write_json(folder / "config.json", {**settings, MERGED: last_part(name)})
 
 
-def copy_base_files(base: Path, out: Path, spell_bytes: bool = True, whole: bool = True) -> None:
+def copy_base_files(base: Path, out: Path, whole: bool = True) -> None:
     """Copy configuration and tokenizer of the checkpoint `base`, completed for every reader.
 
     All stop ids of the chat template go to generation_config.json. The template goes to both of
     its places, since transformers.js reads tokenizer_config.json only. What the base says of its
-    own ONNX files is left out. spell_bytes: write the tokenizer.json that a model of bytes does
-    without. whole: the folder holds a whole model, and not an adapter alone.
+    own ONNX files is left out. A model of bytes gets the tokenizer.json that it does without.
+    whole: the folder holds a whole model, and not an adapter alone.
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(base)
@@ -114,7 +114,7 @@ def copy_base_files(base: Path, out: Path, spell_bytes: bool = True, whole: bool
         if name == "special_tokens_map.json" or re.match(LEGAL, Path(name).parts[0], re.IGNORECASE):
             (out / name).parent.mkdir(exist_ok=True)     # a folder LICENSES
             shutil.copyfile(inside(base, name), out / name)
-    if spell_bytes and isinstance(tokenizer.backend, ByteTokenizer):
+    if isinstance(tokenizer.backend, ByteTokenizer):
         write_json(out / "tokenizer.json", byte_level())
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>",
                     "bos_token": tokenizer.bos, "eos_token": tokenizer.eos}

@@ -45,6 +45,8 @@ class ExportConfig:
                         "dynamic: token by token, as trained",
                         choices=("merge", "freeze", "dynamic"))
     task: str | None = flag(None, "freeze for the samples of this task only", text)
+    port: bool = flag(False, "also write answer.c, which answers questions from the folder on any "
+                      "device that has onnxruntime's C library, and its table answer.bin")
     adapters: bool = flag(False, "the base with one .onnx_adapter for each task, switched at run "
                           "time; layouts onnx and genai")
     layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js with "

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from ..runtime import FORMAT, Generator
 from ..runtime.folder import TASKS
 from . import layouts, verify
 from .calibration import shuffled_samples
-from .contract import golden
+from .contract import golden, prompt
 from .layers import vocabularies
 from .part import Part
 from .plan import check_prompts, in_words, matrix_bytes, nbytes, resolved
 from .ranges import refuse_float16
 from .settings import ExportConfig, Source
 from .ship import in_float32, ship
+from .table import splitting, write_port
 
 SHARD = 64_000_000                           # bytes
 
@@ -45,8 +47,10 @@ def export_model(config: ExportConfig, source: Source,
     for each in configs:
         print(in_words(each, bool(samples)))
     with new_folder(out) as folder:
-        layouts.copy_base_files(source.base, folder, config.layout != "onnx",
-                                whole=config.layout != "peft")
+        layouts.copy_base_files(source.base, folder, whole=config.layout != "peft")
+        if config.port:                      # may refuse the tokenizer, and the chat template
+            splitting(folder)
+            prompt(source)
         size, free = sum(nbytes(c, source) for c in configs), shutil.disk_usage(folder).free
         if free < size:
             raise OSError(f"{out}: the disk has {free / 1e6:.1f} MB left, and the weights take "
@@ -79,6 +83,10 @@ def write(part: Part, source: Source, folder: Path) -> dict[str, Any]:
     checked = verify.check(part, source, folder)
     if config.graph:
         graph["contract"]["golden"] = golden(Generator(folder), verify.rounding_explains(config))
+        with suppress(*() if config.port else (ValueError,)):    # some templates cannot be split
+            graph["contract"]["prompt"] = graph["contract"].get("prompt", {}) | prompt(source)
+    if config.port:
+        write_port(folder, graph, source.tokenizer)
     return info | graph | {"checked": checked,
                            "providers": same_texts(config.provider or (), checked)}
 

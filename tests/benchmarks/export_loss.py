@@ -107,7 +107,7 @@ def measure(source: Source, part: Part, folder: Path, mixture: dict[str, Tensor]
             ) -> dict[str, Any]:
     """Write a graph, and score what it answers. mixture: its `predictions` by task."""
     shutil.rmtree(folder, ignore_errors=True)
-    layouts.copy_base_files(source.base, folder, False)
+    layouts.copy_base_files(source.base, folder)
     info = {"format": FORMAT, **layouts.write_graph(part, folder)}
     write_json(folder / "export.json", info | {"files": {
         f.name: {"bytes": f.stat().st_size, "sha256": ""} for f in folder.iterdir()}})
