@@ -11,7 +11,8 @@ from tiny import ROOT, save_bytes_model
 
 # What needs the hub, another repository or a device, or is not ended by itself.
 LEFT_OUT = ("pip install", "HuggingFace", "runs/mine", " mine ", "llama.cpp/", "npm ", "qnn",
-            "--serve")
+            "--serve", "runs/support", "answer.c", "./answer", "scp ", "apt-get", "pip download",
+            "unzip ")
 
 
 def test_its_python_leads_from_data_to_an_answer(inputs, tmp_path, monkeypatch, capsys) -> None:

