@@ -1,6 +1,5 @@
 """Headless Chromium, driven over its DevTools protocol by a pair of pipes."""
 
-import fcntl
 import json
 import os
 import select
@@ -37,6 +36,8 @@ class Browser:
 
     def __init__(self, *flags: str):
         self.profile = tempfile.mkdtemp()
+        import fcntl  # POSIX alone has it
+
         theirs_in, self.ours_out = os.pipe()
         self.ours_in, theirs_out = os.pipe()
 

@@ -53,7 +53,7 @@ def imports(file: Path) -> Iterator[str]:
     package = name_of(file).split(".")
     if file.name != "__init__.py":
         package.pop()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -99,14 +99,24 @@ def test_the_runtime_starts_without_torch(code: str) -> None:
 def test_numpy_is_never_imported_and_nothing_unpickled() -> None:
     for file in [*MODULES, *SCRIPTS]:
         found = re.findall(r"^\s*(?:import|from)\s+(?:numpy|pickle)|\.numpy\(|torch\.load\(",
-                           file.read_text(), re.MULTILINE)
+                           file.read_text(encoding="utf-8"), re.MULTILINE)
         assert not found, file
 
 
+def test_modules_that_windows_lacks_are_imported_in_functions() -> None:
+    """The tests, too: there, a file that imports one at its top is not collected."""
+    for file in [*MODULES, *SCRIPTS, *(ROOT / "tests").rglob("*.py")]:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            names = {alias.name for alias in getattr(node, "names", ())} | {
+                getattr(node, "module", "")}
+            assert not names & {"fcntl", "pty", "resource", "termios", "pwd", "grp"}, file
+
+
 def test_text_is_utf_8_on_every_system() -> None:
-    """Windows would take another encoding where none is named; process.py reads Linux's /proc."""
-    for file in {*MODULES, *SCRIPTS} - {ROOT / "minismoe/io/process.py"}:
-        for node in ast.walk(ast.parse(file.read_text())):
+    """Windows would take another encoding where none is named; process.py reads Linux's /proc, and
+    other tests than this file's write and read ASCII."""
+    for file in {*MODULES, *SCRIPTS, Path(__file__)} - {ROOT / "minismoe/io/process.py"}:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in (
                     "read_text", "write_text"):
                 assert "encoding" in {k.arg for k in node.keywords}, f"{file}:{node.lineno}"
@@ -152,7 +162,7 @@ def test_no_two_public_functions_or_classes_share_a_name() -> None:
     for file in MODULES:
         if file.stem in ("reference", "__main__"):
             continue
-        for node in ast.parse(file.read_text()).body:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_":
                 homes[node.name].append(name_of(file))
     assert not {name: files for name, files in homes.items() if len(files) > 1}

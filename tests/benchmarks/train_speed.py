@@ -8,7 +8,6 @@ its own, the sides in turn. Prints medians over rounds, and ratios.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -65,6 +64,8 @@ def child(args: argparse.Namespace) -> None:
     work, pad = batches(args, WARM + args.steps)
     parameters, step = SIDES[args.side](args, getattr(torch, args.dtype))
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+    import resource  # POSIX alone has it
+
     rates = []
     for examples in work:
         start = time.perf_counter()

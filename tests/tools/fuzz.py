@@ -15,7 +15,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import sys
 import tempfile
@@ -378,6 +377,8 @@ def run(fuzz: Fuzz, seed: int, number: int, debug: bool = False) -> tuple[str, b
 
 def peak() -> float:
     """The largest resident size of this process so far, in MB."""
+    import resource  # POSIX alone has it
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         1e6 if sys.platform == "darwin" else 1e3)
 

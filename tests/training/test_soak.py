@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,9 @@ def test_memory_stays_flat_in_2000_training_steps(tmp_path: Path) -> None:
 
 
 def test_memory_stays_flat_in_2000_generations(tmp_path: Path) -> None:
-    before = {p.name for p in Path("/tmp").iterdir() if p.name.startswith("tmp")}
+    shared = Path(tempfile.gettempdir())
+    before = {p.name for p in shared.iterdir() if p.name.startswith("tmp")}
     seen = watch(GENERATE, tmp_path)
     assert flat(seen), [b >> 20 for b in seen[::100]]
     assert not [p for p in tmp_path.rglob("*") if p.suffix == ".tmp"]
-    assert {p.name for p in Path("/tmp").iterdir() if p.name.startswith("tmp")} <= before
+    assert {p.name for p in shared.iterdir() if p.name.startswith("tmp")} <= before
