@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -27,6 +28,17 @@ settings.load_profile("minismoe")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bfloat16", action="store_true", help="--dtype auto takes what it takes on "
                      "a device that multiplies bfloat16 (default: on one that does not)")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail if a test was skipped for another reason than MINISMOE_MAY_SKIP, a pattern, allows."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    allowed = os.environ.get("MINISMOE_MAY_SKIP")
+    if allowed and reporter and not hasattr(session.config, "workerinput"):
+        reasons = {report.longrepr[2] for report in reporter.stats.get("skipped", ())}
+        if strange := sorted(reason for reason in reasons if not re.search(allowed, reason)):
+            reporter.write_line(f"skipped, which must run here: {strange}", red=True)
+            session.exitstatus = 1
 
 
 @pytest.fixture(scope="session", autouse=True)
