@@ -219,11 +219,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     ends = [config.get("eos_token_id"), generation.get("eos_token_id")]      # a number or a list
     stops = sorted({i for end in ends for i in (end if isinstance(end, list) else [end])
                     if isinstance(i, int) and i >= 0})
-    file = inside(folder, "tokenizer.json")
+    file, template = inside(folder, "tokenizer.json"), chat_template(folder, settings)
     small = config.get("vocab_size") == ByteTokenizer.vocab_size     # a file may spell its bytes
     if small and (not file.is_file() or ByteTokenizer.special == {
             token["content"]: token["id"] for token in read_json(file)["added_tokens"]}):
-        return Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>", 258, stops)
+        return Tokenizer(ByteTokenizer(), template, "<|bos|>", "<|end|>", 258, stops)
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer.json")
     backend = FileTokenizer(file, config.get("vocab_size"))
@@ -231,7 +231,6 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if not eos and stops and stops[0] < backend.vocab_size:      # only its number is given
         eos = backend.backend.id_to_token(stops[0]) or ""
     backend.mark_special([bos, eos, pad])
-    template = chat_template(folder, settings)
     return Tokenizer(backend, template, bos, eos, backend.special.get(pad), stops)
 
 

@@ -85,7 +85,8 @@ def test_train_end_to_end(inputs, tmp_path, succeed, fails) -> None:
 
     assert out.endswith(f"Next:\n  python export.py {out_dir}\n")
 
-    fails(train.main, *inputs, "--out", out_dir, says="holds a run already")
+    fails(train.main, *inputs, "--out", out_dir,
+          says="holds a run already: go on with --resume, or choose another --out")
     fails(probe.main, *inputs, "--out", out_dir, says="is a run of train.py")
     assert read_json(out_dir / "allocation.json") == allocation
 

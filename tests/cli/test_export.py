@@ -545,6 +545,14 @@ def test_activations_of_prompts_are_those_of_their_answers_too(
     assert found == [[*p, *a] for p, a in zip(prompts, answers)] and any(answers)
 
 
+def test_a_graph_has_a_context_of_2048_tokens_if_none_is_asked_for(run: Path) -> None:
+    """The model's whole length would cost memory that few texts need."""
+    config = ExportConfig(run=str(run))
+    source = export.load_run(config)
+    source.trained.config = replace(source.trained.config, max_position_embeddings=8192)
+    assert plan.sizes_of(config, source)[0] == 2048
+
+
 def test_an_npu_cache_ends_within_a_window(run: Path) -> None:
     config = ExportConfig(run=str(run), target="npu", precision="fp16")
     source = export.load_run(config)

@@ -168,7 +168,7 @@ def test_the_golden_vector_of_an_npu_by_plain_onnxruntime(tmp_path: Path) -> Non
 
 
 def test_the_oldest_onnxruntime_is_that_of_the_package() -> None:
-    assert f'"onnxruntime>={ONNXRUNTIME};' in (ROOT / "pyproject.toml").read_text()
+    assert f'"onnxruntime>={ONNXRUNTIME}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def base_in(folder: Path) -> Path:

@@ -31,8 +31,8 @@ Make = Callable[..., Path]
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     """Writes a random model of 334 tokens, and some rows more."""
-    def written(family: str, name: str = "base") -> Path:
-        model = random_hf(family, vocab_size=340, bos_token_id=0, eos_token_id=1, head_dim=16)
+    def written(family: str, name: str = "base", rows: int = 340) -> Path:
+        model = random_hf(family, vocab_size=rows, bos_token_id=0, eos_token_id=1, head_dim=16)
         model.save_pretrained(tmp_path / name)
         byte_level().save(str(tmp_path / name / "tokenizer.json"))
         (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({
@@ -179,6 +179,15 @@ def test_a_large_vocabulary_is_named_with_what_fewer_tokens_would_take(make: Mak
     assert "--vocab 32768 would leave 112" in hint(49152) and hint(32768) == ""
     (base / "tokenizer.json").write_text('{"model": {"type": "Unigram"}}')
     assert hint(262144) == ""
+
+
+def test_an_export_says_what_a_large_vocabulary_takes(make: Make, data: list[str], tmp_path: Path,
+                                                      succeed: Callable[..., str]) -> None:
+    succeed(train.main, "--model", make("llama", rows=40_000), *data, "--epochs", "1",
+            "--out", tmp_path / "run")
+    said = succeed(export.main, tmp_path / "run", "--out", tmp_path / "out")
+    assert re.search(r"the vocabulary takes \d+ of \d+ MB: --vocab 32768 would leave \d+$", said,
+                     re.MULTILINE)
 
 
 @pytest.mark.parametrize("count, says", [

@@ -75,9 +75,9 @@ def test_answers_of_a_set_have_the_probabilities_of_brute_force(base: Path,
 def test_log_probabilities_are_among_the_tokens_that_stay(base: Path,
                                                           generator: Generator) -> None:
     ids = generator.tokenizer.encode("the cat")[0]
-    token = next(generator.generate(ids, 1))
+    token = next(answer := generator.generate(ids, 1))
     wanted = load_model(base)(torch.tensor([ids]))[0, -1].log_softmax(-1)
-    (own, best), *_ = generator.logprobs(token, 1)
+    (own, best), *_ = generator.logprobs(answer.logits, token, 1)
     assert best == pytest.approx(wanted[token].item(), abs=1e-3) and own
     assert token == wanted.argmax() and math.exp(best) < 1
 
@@ -102,6 +102,7 @@ def test_the_server_answers_with_it(generator: Generator) -> None:
     said = "".join(generator.text(generator.generate(
         generator.tokenizer.render(ASK, True), 9), strip=True))
     app = server.make_server(Api(generator.folder, lambda: generator, None)).config.app
-    got = client.TestClient(app, base_url="http://127.0.0.1").post("/v1/chat/completions", json={
-        "model": "x", "messages": ASK, "max_tokens": 9}).json()
+    with client.TestClient(app, base_url="http://127.0.0.1") as there:       # starts the worker
+        got = there.post("/v1/chat/completions", json={
+            "model": "x", "messages": ASK, "max_tokens": 9}).json()
     assert got["choices"][0]["message"]["content"] == said.strip()

@@ -391,11 +391,14 @@ def test_a_client_that_reads_nothing_holds_nobody_up(patient) -> None:
 
 def test_requests_that_would_wait_for_many_are_refused(patient, monkeypatch) -> None:
     monkeypatch.setattr(worker, "WAITING", 1)
-    with serving(patient) as client, sent(client, "a"), sent(client, "b"):
-        time.sleep(0.2)
+    with serving(patient) as client, sent(client, "a"):
+        time.sleep(1)                        # the worker takes it
+        waiting = sent(client, "b")
+        time.sleep(1)
         with pytest.raises(openai.InternalServerError, match="wait already: ask again") as refused:
             completed(client, "c")
         assert refused.value.status_code == 503
+        waiting.close()
 
 
 def test_the_end_of_the_server_ends_an_answer(patient) -> None:
