@@ -202,7 +202,7 @@ def port_of(folder: Path, system: str | None = None, strip: bool = False) -> Any
         tokenizer.template = tokenizer.template.replace("m.content", "m.content | trim")
     source: Any = SimpleNamespace(system=system, tokenizer=tokenizer, tasks=[], name="a model")
     write_port(folder, {"vocab_size": tokenizer.backend.vocab_size, "context": 2048, "contract": {
-        "prompt": prompt(source), "shared_buffer": True, "stop_ids": [1], "golden": {
+        "prompt": prompt(source), "cache": "shared", "stop_ids": [1], "golden": {
             "input_ids": [1], "tokens": [2], "logits": {
                 "ids": [3], "values": [0.5], "tolerance": 0.1}}}}, tokenizer)
     return tokenizer
