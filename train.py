@@ -36,7 +36,7 @@ from minismoe.training.copies import multiplying_copies
 from minismoe.training.distributed import print0, rank0_only
 from minismoe.training.evaluate import evaluating
 from minismoe.training.judge import SHOWN, Judgement, judge
-from minismoe.training.loop import TrainConfig, train
+from minismoe.training.loop import TrainConfig, train, with_defaults
 from minismoe.training.schedule import default_epochs, default_lr
 from minismoe.training.verdict import advice, read_metrics
 
@@ -69,12 +69,10 @@ def main(argv: Sequence[str]) -> None:
     seconds = dict[str, float]()
     allocation, scores = give_experts(config, inputs, seconds)
     print0(probing.allocation_heatmap(inputs.model, allocation))
+    training = with_defaults(config.training, inputs.model, [*chain(*inputs.encoded.values())])
     if config.training.lr is None:
-        config = replace(config, training=replace(config.training, lr=default_lr(inputs.model)))
-        print0(f"learning rate: {config.training.lr}, by the size of the base's weights")
-    if config.training.epochs is None:
-        epochs = default_epochs([*chain(*inputs.encoded.values())])
-        config = replace(config, training=replace(config.training, epochs=epochs))
+        print0(f"learning rate: {training.lr}, by the size of the base's weights")
+    config = replace(config, training=training)
 
     # From here on the folder is a run, which --resume continues.
     with runs.run_folder(config) as run:

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median_low
@@ -22,7 +22,7 @@ from ..io.flags import flag
 from ..io.progress import print_above_bar, progress_bar
 from ..io.signals import Interrupted, waiting
 from ..io.text import duration
-from ..method.experts import balance_loss, expert_parameters, take_logits
+from ..method.experts import balance_loss, expert_layers, expert_parameters, take_logits
 from ..method.loss import head_losses
 from ..model.decoder import CausalLM
 from ..model.tokens import to_device_together
@@ -31,7 +31,7 @@ from .copies import Copies
 from .distributed import rank0_only
 from .evaluate import Fitting, evaluating, supervised, token_scores
 from .resume import TrainingState, first_state, save_checkpoint
-from .schedule import default_epochs, default_lr, learning_rate
+from .schedule import default_epochs, default_lr, default_prompt_loss_weight, learning_rate
 
 MEASURES = 10                 # of validation lines in a run
 ENOUGH = 50                   # validation lines with short answers that can tell steps apart
@@ -70,7 +70,7 @@ class TrainConfig:
     # Without a flag:
     max_grad_norm: float = 1.0           # gradients are clipped to this norm
     router_aux_loss_coef: float = 0.01   # weight of the balance loss
-    prompt_loss_weight: float = 0.2      # of a prompt's token beside one of an answer
+    prompt_loss_weight: float | None = None      # see `default_prompt_loss_weight`
 
     @property
     def micro(self) -> int:
@@ -78,10 +78,20 @@ class TrainConfig:
         return min(self.micro_batch_size or self.batch_size, self.batch_size)
 
 
+def with_defaults(cfg: TrainConfig, model: CausalLM, examples: Sequence[Example]) -> TrainConfig:
+    """The same with numbers, from schedule.py, for what the model and the lines decide. Raises
+    ValueError for a model without experts."""
+    if not expert_layers(model):
+        raise ValueError("the model has no experts to train: call add_experts first")
+    numbers: dict[str, Any] = {"lr": default_lr(model), "epochs": default_epochs(examples),
+                               "prompt_loss_weight": default_prompt_loss_weight(model)}
+    return replace(cfg, **{name: number for name, number in numbers.items()
+                           if getattr(cfg, name) is None})
+
+
 def schedule(examples: Sequence[Example], cfg: TrainConfig) -> list[list[Example]]:
-    """The batches of all epochs; a resumed run computes the same ones."""
-    epochs = default_epochs(examples) if cfg.epochs is None else cfg.epochs
-    return [batch for epoch in range(epochs)
+    """The batches of all epochs, a number; a resumed run computes the same ones."""
+    return [batch for epoch in range(cfg.epochs or 0)
             for batch in bucket(examples, cfg.batch_size, cfg.seed * 1000 + epoch)]
 
 
@@ -102,9 +112,8 @@ class Trainer:
         self.fitting, self.evaluating = Fitting(cfg.micro, "training"), evaluating(cfg.micro)
         self.copies, self.device = Copies(model, same_shapes), model.lm_head.weight.device
         self.parameters = {n: p for n, p in expert_parameters(model).items() if p.requires_grad}
-        if not self.parameters:
-            raise ValueError("the model has no experts to train: call add_experts first")
         self.best: dict[str, Tensor] = {}
+        self.prompt_weight = cfg.prompt_loss_weight or 0.0
         distributed.exchange([*self.parameters.values()], first=True)
         # With a smaller eps, an entry whose gradient is only rounding noise would move by the full
         # rate.
@@ -119,9 +128,6 @@ class Trainer:
         supervised tokens, whatever the micro-batches. The other two are statistics of each
         micro-batch, weighted by its tokens. Several processes share each micro-batch: each has the
         gradients, and the losses, of its part.
-
-        With few lines, the loss of prompts keeps the model from knowing its lines by heart alone
-        (Shi et al. 2024, arXiv 2405.14394).
         """
         self.optimizer.zero_grad()
         take_logits(self.copies.layers)      # they hold the graph of a batch that did not fit
@@ -139,14 +145,14 @@ class Trainer:
             with self.copies.multiplying():
                 hidden, targets, numbers, tokens = supervised(
                     self.model, mine, self.pad_id, self.cfg.recompute,
-                    prompts=self.cfg.prompt_loss_weight > 0)
+                    prompts=self.prompt_weight > 0)
                 losses = head_losses(hidden, self.model.lm_head.weight, targets)
                 by_task = losses.new_zeros(len(tasks) + 1).index_add(
                     0, task[numbers], losses * tokens.repeats[tokens.read])
                 balance = balance_loss(take_logits(self.copies.layers), tokens.repeats,
                                        partial(distributed.all_sum, times=counts))
                 balance = balance * (sum(len(e.ids) for e in part) / sum(len(e.ids) for e in batch))
-                loss = (by_task[:-1].sum() + self.cfg.prompt_loss_weight * by_task[-1]) / answers
+                loss = (by_task[:-1].sum() + self.prompt_weight * by_task[-1]) / answers
                 (counts * (loss + self.cfg.router_aux_loss_coef * balance)).backward()
             sums.append(counts * torch.cat([by_task.detach(), balance.detach()[None]]))
         return torch.stack(sums).sum(0)
@@ -172,8 +178,9 @@ class Trainer:
                 f"the training lines {lines} (counted as --show prints them): {REMEDY}")
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
+        of_prompts = prompts / max(1, tokens - len(batch) - answers.total())
         return {"step": number + 1, "loss": round(loss, 5), "balance": round(balance, 5),
-                "prompt_loss": round(prompts / max(1, tokens - len(batch) - answers.total()), 5),
+                **({"prompt_loss": round(of_prompts, 5)} if self.prompt_weight else {}),
                 "tokens": tokens, "loss_by_task": {
                     task: round(total / answers[task], 5)
                     for task, total in zip(sorted(answers), by_task)},
@@ -253,10 +260,10 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     Writes run/checkpoints and run/metrics.jsonl. Experts that were trained before (continued) are
     measured first, as they may be the best. Raises Interrupted after a signal, once the step is
     saved; ValueError for another run's checkpoint; ArithmeticError for a loss not finite."""
-    batches = schedule(examples, cfg)
+    cfg = with_defaults(cfg, model, examples)
+    batches, peak = schedule(examples, cfg), cfg.lr or 0.0
     compiling = compiled.wanted(model, cfg.compile, len(batches))
     trainer = Trainer(model, cfg, pad_id, compiling, valid)
-    peak = default_lr(model) if cfg.lr is None else cfg.lr
     state = trainer.begin(run, batches, resume, continued)
     steps, first = len(batches), state["step"]
     every = math.ceil(steps / MEASURES)

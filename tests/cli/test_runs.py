@@ -63,10 +63,10 @@ def test_free_text_is_judged_by_its_tokens(inputs, tmp_path, succeed) -> None:
 def test_a_test_that_overflows_goes_on_in_halves(inputs, tmp_path, succeed, monkeypatch) -> None:
     pack = evaluate.Tokens
 
-    def tight(ids, *rest):
+    def tight(ids, *rest, **more):
         if len(ids) > 2 and not torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return pack(ids, *rest)
+        return pack(ids, *rest, **more)
 
     monkeypatch.setattr(evaluate, "Tokens", tight)
     out = succeed(train.main, *inputs, *QUICK, "--out", tmp_path / "run")

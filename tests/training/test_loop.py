@@ -23,7 +23,7 @@ from minismoe.model.decoder import CausalLM
 from minismoe.training import compiled
 from minismoe.training import evaluate as evaluating
 from minismoe.training.evaluate import token_scores
-from minismoe.training.loop import Interrupted, TrainConfig, Trainer, train
+from minismoe.training.loop import Interrupted, TrainConfig, Trainer, train, with_defaults
 from minismoe.training.schedule import LR, default_lr, learning_rate
 
 
@@ -74,10 +74,12 @@ def test_the_default_warm_up_has_ten_steps_and_a_share(steps, warm) -> None:
     assert all(a >= b > 0 for a, b in zip(rates[warm - 1:], rates[warm:]))
 
 
-def test_training_equals_a_plain_loop(tmp_path) -> None:
+@pytest.mark.parametrize(("weight", "norm_limit"), [(0.0, 0.21), (0.2, 0.26)])
+def test_training_equals_a_plain_loop(tmp_path, weight: float, norm_limit: float) -> None:
     """Whole logits, `reference.balance_loss`, clipping, AdamW and the rate, step by step."""
     cfg = TrainConfig(epochs=2, batch_size=6, micro_batch_size=4, lr=0.02, seed=3,
-                      max_grad_norm=0.21, router_aux_loss_coef=0.3)
+                      max_grad_norm=norm_limit, router_aux_loss_coef=0.3,
+                      prompt_loss_weight=weight)
     ours, plain = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
     unseen = examples()[5:12]
     train(ours, examples(), replace(cfg, keep="last"), tmp_path, 0, valid=unseen)
@@ -89,21 +91,25 @@ def test_training_equals_a_plain_loop(tmp_path) -> None:
     for step, (batch, line) in enumerate(zip(batches, lines, strict=True)):
         losses: dict[str, list[torch.Tensor]] = {"a": [], "b": []}
         balance, tokens = torch.zeros(()), sum(len(e.ids) for e in batch)
+        asked = list[torch.Tensor]()
         for part in batch[:4], batch[4:]:
             ids, mask, labels = collate(part, 0)
             logits = plain.lm_head(plain.model(ids, mask))[:, :-1]
             for i, row in enumerate(labels[:, 1:] != IGNORE):
                 losses[part[i].task].append(F.cross_entropy(
                     logits[i][row], labels[i, 1:][row], reduction="none"))
+                row = ~row & mask[i, 1:].bool()
+                asked.append(F.cross_entropy(logits[i][row], ids[i, 1:][row], reduction="none"))
             every = [reference.balance_loss(m.router_logits, m.top_k)
                      for m in expert_layers(plain).values()]
             balance = balance + torch.stack(every).mean() * mask.sum() / tokens
         each = torch.cat([loss for task in losses.values() for loss in task])
-        (each.mean() + 0.3 * balance).backward()
+        prompts = torch.cat(asked).sum() / len(each)
+        (each.mean() + weight * prompts + 0.3 * balance).backward()
         norm = torch.stack([p.grad.square().sum() for p in trained]).sum().sqrt()
-        clipped.add(bool(norm > 0.21))
+        clipped.add(bool(norm > norm_limit))
         for p in trained:
-            p.grad *= min(1.0, 0.21 / (norm + 1e-6))
+            p.grad *= min(1.0, norm_limit / (norm + 1e-6))
         rate = 0.005 * (step + 1) if step < 4 else 0.01 * (1 + math.cos(math.pi * (step - 4) / 4))
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
@@ -120,6 +126,17 @@ def test_training_equals_a_plain_loop(tmp_path) -> None:
     assert len(lines) == 8 and clipped == {True, False}
     for (name, a), b in zip(ours.named_parameters(), plain.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_prompts_teach_a_plain_adapter_and_no_mixture() -> None:
+    """What the model and the lines decide becomes numbers; what a flag says stays."""
+    mixture, plain = tiny(1, 3), tiny(1)
+    weights = [with_defaults(TrainConfig(), model, examples()).prompt_loss_weight
+               for model in (mixture, plain)]
+    assert weights == [0.0, 0.2]
+    given = with_defaults(TrainConfig(lr=0.5, prompt_loss_weight=0.7), plain, examples())
+    assert (given.lr, given.prompt_loss_weight) == (0.5, 0.7)
+    assert given.epochs == round(120 / math.sqrt(len(examples())))
 
 
 def test_training_learns_and_writes_metrics(tmp_path) -> None:
@@ -276,11 +293,11 @@ def test_a_batch_that_overflows_is_halved_for_good_and_counted_once(tmp_path, mo
     """The second of three micro-batches overflows, and so does the first of half the size."""
     calls, pack = [], evaluating.Tokens
 
-    def tight(ids, *rest):
+    def tight(ids, *rest, **more):
         calls.append(len(ids))
         if len(calls) in (2, 3):
             raise error
-        return pack(ids, *rest)
+        return pack(ids, *rest, **more)
 
     batch, model = examples(12), tiny(dtype=torch.float64)
     cfg = TrainConfig(batch_size=12, micro_batch_size=4, router_aux_loss_coef=0.0)
@@ -309,11 +326,11 @@ def test_a_run_that_overflows_goes_on_in_halves(tmp_path, monkeypatch, capsys, c
     what a validation cannot hold changes no step."""
     pack, seen = evaluating.Tokens, set()
 
-    def tight(ids, *rest):
+    def tight(ids, *rest, **more):
         if len(ids) > 4 and torch.is_grad_enabled() in grads:
             raise torch.OutOfMemoryError("CUDA out of memory")
         seen.add((torch.is_grad_enabled(), len(ids)))
-        return pack(ids, *rest)
+        return pack(ids, *rest, **more)
 
     monkeypatch.setattr(evaluating, "Tokens", tight)
     monkeypatch.setattr(compiled, "compiled_layers", partial(
@@ -328,11 +345,14 @@ def test_a_run_that_overflows_goes_on_in_halves(tmp_path, monkeypatch, capsys, c
 
 def test_running_out_of_memory_with_one_example_is_raised(monkeypatch) -> None:
 
-    def never(*args):
+    def never(*args, **more):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     trainer = Trainer(tiny(), TrainConfig(), 0)
-    for work, error in ((never, torch.OutOfMemoryError), (lambda *a: 1 / 0, ZeroDivisionError)):
+    def broken(*args, **more):
+        raise ZeroDivisionError
+
+    for work, error in (never, torch.OutOfMemoryError), (broken, ZeroDivisionError):
         monkeypatch.setattr(evaluating, "Tokens", work)
         with pytest.raises(error):
             trainer.step(0, examples(4), lr=1e-3)

@@ -34,7 +34,7 @@ COUNT = [(line[0]["content"], line[1]["content"]) for line in toy.tasks()[1].tra
 
 
 @pytest.mark.parametrize("lines, flags, said", [
-    (COUNT, ("--epochs", 1), r"ended at \S+: try --epochs 22, the default for so many lines"),
+    (COUNT, ("--epochs", 1), r"ended at \S+: try --epochs 16, the default for so many lines"),
     (COUNT, ("--epochs", 4, "--lr", 0.5), r"ended at \S+: try --lr 3.5e-03, the default"),
     (COUNT, ("--epochs", 4, "--lr", 1e-4), r"ended at \S+: try --lr 3.5e-03, the default"),
     ([(q, "yes") for q, _ in COUNT], ("--epochs", 2), ""),
