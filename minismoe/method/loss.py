@@ -21,29 +21,34 @@ class _HeadLoss(torch.autograd.Function):
 
         logits = hidden @ head.T;  losses = logits.logsumexp(-1) - logits[targets]
 
-    Compared in tests/method/test_loss.py::test_equals_cross_entropy_of_full_logits.
+    The gradient is that of smoothed targets, if `smoothing` says so: 1 - smoothing for the target
+    itself, and smoothing / V for each token. Compared in tests/method/test_loss.py::
+    test_equals_cross_entropy_of_full_logits.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, smoothing: float,
+                ) -> Tensor:
         """Returns losses (S,); keeps the gradient (S, D) of hidden for the backward."""
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        losses = _by_chunks(hidden, head, targets, gradient)
+        losses = _by_chunks(hidden, head, targets, gradient, smoothing)
         if gradient is not None:
+            if smoothing:
+                gradient -= smoothing * head.mean(0)
             ctx.save_for_backward(gradient)
         return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * d_losses[:, None].to(gradient.dtype), None, None
+        return gradient * d_losses[:, None].to(gradient.dtype), None, None, None
 
 
 def _by_chunks(hidden: Tensor, head: Tensor, targets: Tensor, gradient: Tensor | None = None,
-               likeliest: Tensor | None = None) -> Tensor:
-    """Losses (S,), by CHUNK logits; fills the gradient (S, D) of hidden, and whether each target is
-    the likeliest token, (S,)."""
+               smoothing: float = 0.0, likeliest: Tensor | None = None) -> Tensor:
+    """Losses (S,), by CHUNK logits; fills the gradient (S, D) of hidden, without the part that all
+    positions share, and whether each target is the likeliest token, (S,)."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
     step = max(1, CHUNK // head.shape[0])
@@ -54,20 +59,23 @@ def _by_chunks(hidden: Tensor, head: Tensor, targets: Tensor, gradient: Tensor |
         losses[part] = -log_q.gather(1, target).squeeze(1)
         if likeliest is not None:
             likeliest[part] = log_q.argmax(-1) == target[:, 0]
-        if gradient is not None:             # d loss / d logits = q - 1 at the target, else q
-            log_q.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=dtype))
+        if gradient is not None:             # q - target, but for smoothing / V everywhere
+            log_q.exp_().scatter_add_(1, target, torch.full_like(
+                target, smoothing - 1, dtype=dtype))
             gradient[part] = log_q.to(head.dtype) @ head
         del log_q                            # before the next chunk's is computed
     return losses
 
 
-def head_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy (S,) of hidden states (S, D) under a head (V, D); targets are (S,)."""
+def head_losses(hidden: Tensor, head: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy (S,) of hidden states (S, D) under a head (V, D); targets are (S,). Under a
+    frozen head, the gradient is that of smoothed targets (Szegedy et al. 2016, arXiv 1512.00567).
+    """
     if head.requires_grad and torch.is_grad_enabled():       # the head itself is being trained
         logits = F.linear(hidden, head)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets, reduction="none")
-    return _HeadLoss.apply(hidden, head, targets)
+    return _HeadLoss.apply(hidden, head, targets, smoothing)
 
 
 def head_scores(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,13 @@ from .copies import Copies
 from .distributed import rank0_only
 from .evaluate import Fitting, evaluating, supervised, token_scores
 from .resume import TrainingState, first_state, save_checkpoint
-from .schedule import default_epochs, default_lr, default_prompt_loss_weight, learning_rate
+from .schedule import (
+    default_epochs,
+    default_lr,
+    default_prompt_loss_weight,
+    default_smoothing,
+    learning_rate,
+)
 
 MEASURES = 10                 # of validation lines in a run
 ENOUGH = 50                   # validation lines with short answers that can tell steps apart
@@ -71,6 +77,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0           # gradients are clipped to this norm
     router_aux_loss_coef: float = 0.01   # weight of the balance loss
     prompt_loss_weight: float | None = None      # see `default_prompt_loss_weight`
+    label_smoothing: float | None = None         # see `default_smoothing`
 
     @property
     def micro(self) -> int:
@@ -84,7 +91,8 @@ def with_defaults(cfg: TrainConfig, model: CausalLM, examples: Sequence[Example]
     if not expert_layers(model):
         raise ValueError("the model has no experts to train: call add_experts first")
     numbers: dict[str, Any] = {"lr": default_lr(model), "epochs": default_epochs(examples),
-                               "prompt_loss_weight": default_prompt_loss_weight(model)}
+                               "prompt_loss_weight": default_prompt_loss_weight(model),
+                               "label_smoothing": default_smoothing(model, examples)}
     return replace(cfg, **{name: number for name, number in numbers.items()
                            if getattr(cfg, name) is None})
 
@@ -146,7 +154,8 @@ class Trainer:
                 hidden, targets, numbers, tokens = supervised(
                     self.model, mine, self.pad_id, self.cfg.recompute,
                     prompts=self.prompt_weight > 0)
-                losses = head_losses(hidden, self.model.lm_head.weight, targets)
+                losses = head_losses(hidden, self.model.lm_head.weight, targets,
+                                     self.cfg.label_smoothing or 0.0)
                 by_task = losses.new_zeros(len(tasks) + 1).index_add(
                     0, task[numbers], losses * tokens.repeats[tokens.read])
                 balance = balance_loss(take_logits(self.copies.layers), tokens.repeats,

@@ -1,5 +1,5 @@
 """How many passes a run takes over its lines, its learning rate (the peak, from the size of the
-base's weights, and its course), and the weight of the loss of prompts."""
+base's weights, and its course), and what keeps it from knowing few lines by heart alone."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from ..method.experts import expert_layers
 
 PASSES, LEAST_PASSES = 120, 3                # see `default_epochs`
 LR = 0.4                      # see `default_lr`
-PROMPTS = 0.2                 # see `default_prompt_loss_weight`
+PROMPTS, SMOOTHING = 0.2, 0.1     # see `default_prompt_loss_weight` and `default_smoothing`
 WARMUP, LEAST = 0.05, 10      # share of the steps, and steps: see `learning_rate`
 
 
@@ -52,8 +52,19 @@ def default_prompt_loss_weight(model: nn.Module) -> float:
     et al. 2024, arXiv 2405.14394). In a mixture it would teach routers to share out the words of
     prompts, and merging would lose what they do for answers: the toy fell from 99 to 82 %.
     """
-    mixed = any(layer.experts > 1 for layer in expert_layers(model).values())
-    return 0.0 if mixed else PROMPTS
+    return 0.0 if is_mixture(model) else PROMPTS
+
+
+def default_smoothing(model: nn.Module, examples: Sequence[Example]) -> float:
+    """The probability that the targets of training leave to all tokens alike (Szegedy et al. 2016,
+    arXiv 1512.00567): with few lines, answers are certain long before they are right. Free text and
+    mixtures were not found to gain by it."""
+    short = are_short([e.supervised for e in examples])
+    return SMOOTHING if short and not is_mixture(model) else 0.0
+
+
+def is_mixture(model: nn.Module) -> bool:
+    return any(layer.experts > 1 for layer in expert_layers(model).values())
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:

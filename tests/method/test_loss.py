@@ -70,6 +70,17 @@ def test_equals_cross_entropy_of_full_logits(kind: str, pad: str, chunk: int,
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_smoothed_targets_change_the_gradient_alone() -> None:
+    hidden, head = torch.randn(7, D, requires_grad=True), torch.randn(V, D)
+    targets, upstream = torch.arange(7), torch.randn(7)
+    losses = head_losses(hidden, head, targets, smoothing=0.1)
+    torch.testing.assert_close(losses, F.cross_entropy(hidden @ head.T, targets, reduction="none"))
+    (found,) = torch.autograd.grad((losses * upstream).sum(), hidden)
+    smooth = F.cross_entropy(hidden @ head.T, targets, reduction="none", label_smoothing=0.1)
+    (wanted,) = torch.autograd.grad((smooth * upstream).sum(), hidden)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_bfloat16_sums_in_float32() -> None:
     model, (ids, mask, labels) = model_of().bfloat16(), batch()
     states: list[Tensor] = []

@@ -74,12 +74,14 @@ def test_the_default_warm_up_has_ten_steps_and_a_share(steps, warm) -> None:
     assert all(a >= b > 0 for a, b in zip(rates[warm - 1:], rates[warm:]))
 
 
-@pytest.mark.parametrize(("weight", "norm_limit"), [(0.0, 0.21), (0.2, 0.26)])
-def test_training_equals_a_plain_loop(tmp_path, weight: float, norm_limit: float) -> None:
+@pytest.mark.parametrize(("weight", "smoothing", "norm_limit"), [
+    (0.0, 0.1, 0.21), (0.2, 0.0, 0.26)])
+def test_training_equals_a_plain_loop(tmp_path, weight: float, smoothing: float,
+                                      norm_limit: float) -> None:
     """Whole logits, `reference.balance_loss`, clipping, AdamW and the rate, step by step."""
     cfg = TrainConfig(epochs=2, batch_size=6, micro_batch_size=4, lr=0.02, seed=3,
                       max_grad_norm=norm_limit, router_aux_loss_coef=0.3,
-                      prompt_loss_weight=weight)
+                      prompt_loss_weight=weight, label_smoothing=smoothing)
     ours, plain = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
     unseen = examples()[5:12]
     train(ours, examples(), replace(cfg, keep="last"), tmp_path, 0, valid=unseen)
@@ -91,13 +93,15 @@ def test_training_equals_a_plain_loop(tmp_path, weight: float, norm_limit: float
     for step, (batch, line) in enumerate(zip(batches, lines, strict=True)):
         losses: dict[str, list[torch.Tensor]] = {"a": [], "b": []}
         balance, tokens = torch.zeros(()), sum(len(e.ids) for e in batch)
-        asked = list[torch.Tensor]()
+        asked, smooth = list[torch.Tensor](), list[torch.Tensor]()
         for part in batch[:4], batch[4:]:
             ids, mask, labels = collate(part, 0)
             logits = plain.lm_head(plain.model(ids, mask))[:, :-1]
             for i, row in enumerate(labels[:, 1:] != IGNORE):
                 losses[part[i].task].append(F.cross_entropy(
                     logits[i][row], labels[i, 1:][row], reduction="none"))
+                smooth.append(F.cross_entropy(logits[i][row], labels[i, 1:][row],
+                                              reduction="none", label_smoothing=smoothing))
                 row = ~row & mask[i, 1:].bool()
                 asked.append(F.cross_entropy(logits[i][row], ids[i, 1:][row], reduction="none"))
             every = [reference.balance_loss(m.router_logits, m.top_k)
@@ -105,7 +109,7 @@ def test_training_equals_a_plain_loop(tmp_path, weight: float, norm_limit: float
             balance = balance + torch.stack(every).mean() * mask.sum() / tokens
         each = torch.cat([loss for task in losses.values() for loss in task])
         prompts = torch.cat(asked).sum() / len(each)
-        (each.mean() + weight * prompts + 0.3 * balance).backward()
+        (torch.cat(smooth).mean() + weight * prompts + 0.3 * balance).backward()
         norm = torch.stack([p.grad.square().sum() for p in trained]).sum().sqrt()
         clipped.add(bool(norm > norm_limit))
         for p in trained:
@@ -128,12 +132,14 @@ def test_training_equals_a_plain_loop(tmp_path, weight: float, norm_limit: float
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_prompts_teach_a_plain_adapter_and_no_mixture() -> None:
+def test_prompts_and_smoothed_targets_teach_a_plain_adapter_and_no_mixture() -> None:
     """What the model and the lines decide becomes numbers; what a flag says stays."""
     mixture, plain = tiny(1, 3), tiny(1)
-    weights = [with_defaults(TrainConfig(), model, examples()).prompt_loss_weight
-               for model in (mixture, plain)]
-    assert weights == [0.0, 0.2]
+    numbers = [(found.prompt_loss_weight, found.label_smoothing) for found in (
+        with_defaults(TrainConfig(), model, examples()) for model in (mixture, plain))]
+    assert numbers == [(0.0, 0.0), (0.2, 0.1)]
+    long = [Example("a", [1] * 60, [IGNORE] + [1] * 59)] * 3
+    assert with_defaults(TrainConfig(), plain, long).label_smoothing == 0
     given = with_defaults(TrainConfig(lr=0.5, prompt_loss_weight=0.7), plain, examples())
     assert (given.lr, given.prompt_loss_weight) == (0.5, 0.7)
     assert given.epochs == round(120 / math.sqrt(len(examples())))
