@@ -78,8 +78,9 @@ def run(cell: Cell, model: str, data: Path, ship: bool, keep: Path | None) -> di
             "loss": {name: task["loss"]["after"] for name, task in results["tasks"].items()}}
         if ship:
             script("export.py", f"{work}/run", "--out", f"{work}/out")
-            line["shipped"] = {name: task["exported"] for name, task in read_json(
-                Path(work) / "out" / "export.json")["exact_match"].items()}
+            (checked,) = read_json(Path(work) / "out" / "export.json")["checked"].values()
+            line["shipped"] = {name: [*steps.values()][-1]       # trained, and what ships
+                               for name, steps in checked["exact_match"].items()}
     return line
 
 

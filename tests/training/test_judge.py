@@ -38,8 +38,8 @@ def test_batches_hold_texts_of_similar_length(monkeypatch, tmp_path) -> None:
     model, seen = load_model(save_bytes_model(tmp_path / "model")), []
     monkeypatch.setattr(model.lm_head, "forward", lambda x: pytest.fail("the head runs again"))
     pack = evaluate.Tokens
-    monkeypatch.setattr(evaluate, "Tokens", lambda ids, *more: seen.append(tuple(ids.shape))
-                        or pack(ids, *more))
+    monkeypatch.setattr(evaluate, "Tokens", lambda ids, *rest, **more: seen.append(
+        tuple(ids.shape)) or pack(ids, *rest, **more))
     lengths = [9, 5, 300, *range(10, 39)]
     token_scores(model, [Example("t", [i] * n, [IGNORE] * (n - 1) + [i])
                          for i, n in enumerate(lengths)], 0)
