@@ -103,6 +103,7 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
     if limit == saved.limit_test and (other := runs.other_tasks(run, inputs)):
         print(f"not what the run was trained on: {other}", file=sys.stderr)
     load_adapter(inputs.model, run / "adapter")
+    judged = runs.read_after(run, inputs) if dtype == saved.dtype else {}
     whole = inputs
     if config.vocab:
         inputs = trimming.trimmed(whole, settings, config.vocab, scratch / "base")
@@ -115,11 +116,12 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
         asked = questions(inputs.tokenizer, task, context)
         if not config.limit_test and not are_short([*map(len, asked.answers)]):
             task.test = task.test[:CHECKED]
+    if config.vocab:
+        judged |= {task.name: accuracy_in_torch(whole.model, whole.tokenizer, task).right
+                   for task in inputs.tasks if task.name not in judged}
     return Source(
         run, inputs.folder, whole.model.name, inputs.model, inputs.tokenizer, inputs.tasks,
-        inputs.encoded, inputs.valid, saved.system,
-        {task.name: accuracy_in_torch(whole.model, whole.tokenizer, task)
-         for task in inputs.tasks} if config.vocab else {})
+        inputs.encoded, inputs.valid, saved.system, judged)
 
 
 def stored_on_cpus(settings: InputConfig, config: ExportConfig) -> InputConfig:

@@ -9,6 +9,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from ..data.tasks import Task
 from ..data.tokenizer import Tokenizer
@@ -17,7 +18,7 @@ from ..io.text import clean, table
 from ..model.decoder import CausalLM
 from ..runtime import Generator
 from ..training.evaluate import Accuracy, evaluate, exact_match, questions
-from .settings import Source
+from .settings import ExportConfig, Source
 
 TRAINED, TRIMMED, MERGED, ROUNDED = "trained", "trimmed", "merged", "rounded"
 Scores = dict[str, dict[str, Accuracy]]      # by task: of the trained model, steps, and the export
@@ -26,22 +27,51 @@ ADVICE = {
     MERGED: "keep the mixtures (--layout onnx --routing dynamic), or calibrate on lines like those "
             "of the test (--prompts FILE)",
     ROUNDED: "export with more bits (--precision int8 or fp32)"}
+FIRST = 100              # test lines of a task
 CHANCE = 0.05            # a loss is told if chance explains it less often than this
 
 
-def scored(source: Source, only: str | None, name: str, measure: Callable[[Task], Accuracy],
+def scored(source: Source, config: ExportConfig, name: str, measure: Callable[[Task], Accuracy],
            ) -> Scores:
-    """Exact match by task, or of the task `only`: of the trained model, of the trimmed one if the
-    source is, and of the export `name`, which `measure` gives. Tasks whose answers the export has
-    no room for are left out."""
+    """Exact match by task, or of the task that is exported: of the trained model, of the trimmed
+    one with --vocab, and of the export `name`, which `measure` gives. Tasks whose answers the
+    export has no room for are left out.
+
+    The first FIRST test lines of each task are answered; the others if --limit-test asks for them,
+    or if as many losses among them would be more than chance explains.
+    """
+    tasks = [task for task in source.tasks if config.task in (None, task.name)]
+    first = max((len(task.test) for task in tasks), default=0) if config.limit_test else FIRST
+    scores = measured(source, config, tasks, slice(first), name, measure)
+    sizes = {task.name: -(-len(task.test) // first) for task in tasks if task.test}
+    if any(losses({task: {step: counted(of.right * sizes[task]) for step, of in row.items()}
+                   for task, row in scores.items()})):
+        for task, row in measured(
+                source, config, tasks, slice(first, None), name, measure).items():
+            scores[task] = {step: counted(of.right + row[step].right)
+                            for step, of in scores[task].items()}
+    return scores
+
+
+def measured(source: Source, config: ExportConfig, tasks: Sequence[Task], lines: slice, name: str,
+             measure: Callable[[Task], Accuracy]) -> Scores:
+    """What `scored` returns, for some of each task's test lines."""
     found = Scores()
-    for task in source.tasks:
-        if only in (None, task.name) and (of_export := measure(task)).examples:
-            own = accuracy_in_torch(source.trained, source.tokenizer, task)
-            before = {TRAINED: source.whole[task.name], TRIMMED: own} if source.whole else {
-                TRAINED: own}
-            found[task.name] = before | {name: of_export}
+    for task in (replace(task, test=task.test[lines]) for task in tasks):
+        if not task.test or not (of_export := measure(task)).examples:
+            continue
+        row = {TRAINED: counted(source.judged[task.name][lines][:len(task.test)])} if (
+            task.name in source.judged) else {}
+        if config.vocab or not row:
+            row[TRIMMED if config.vocab else TRAINED] = accuracy_in_torch(
+                source.trained, source.tokenizer, task)
+        found[task.name] = row | {name: of_export}
     return found
+
+
+def counted(right: list[int]) -> Accuracy:
+    """Exact match, of whether each line is right."""
+    return Accuracy(sum(right), len(right), right=right)
 
 
 def accuracy_in_torch(model: CausalLM, tokenizer: Tokenizer, task: Task) -> Accuracy:

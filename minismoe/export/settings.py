@@ -9,7 +9,6 @@ from ..data.tokenizer import Tokenizer
 from ..io.flags import above_zero, flag, positive, text
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, BLOCKS
-from ..training.evaluate import Accuracy
 from .weights import PRECISIONS, GraphFormat
 
 
@@ -33,8 +32,8 @@ class ExportConfig:
     prompts: str | None = flag(
         None, "calibrate on these prompts, one a line, and not on the run's data", text,
         metavar="FILE")
-    limit_test: int | None = flag(None, "test lines a task (default: as in training)", positive,
-                                  metavar="N")
+    limit_test: int | None = flag(None, "test lines a task (default: 100, and the others of the "
+                                  "run if they may show a loss)", positive, metavar="N")
     device: str = flag("auto", "for freezing: cpu, cuda, mps, or auto (default)")
     dtype: str = flag("auto", "for freezing and calibrating. auto (default): that of the run's "
                       "training, or float32 for a base", choices=("auto", "float32", "bfloat16"))
@@ -123,4 +122,5 @@ class Source:
     examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)      # by task
     unseen: Mapping[str, Sequence[Example]] = field(default_factory=dict)        # validation lines
     system: str | None = None                # system prompt that training added to lines
-    whole: Mapping[str, Accuracy] = field(default_factory=dict)      # of --vocab: with all tokens
+    # Of the trained model with all tokens, by task: whether each test line is right, where known.
+    judged: Mapping[str, list[int]] = field(default_factory=dict)

@@ -8,6 +8,7 @@ far the folder is from it is reported, and has no bound.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def check_shipped(part: Part, source: Source, generator: Generator, prompts: Pro
             without_experts(source.trained) if alone else source.trained, generator, prompts, texts,
             most)
         show_logits(adapter or config.task or source.name, figures[adapter],
-                    "the trimmed model" if source.whole else "the trained model")
+                    "the trimmed model" if config.vocab else "the trained model")
 
 
 def check_provider(part: Part, generator: Generator, other: Generator, name: str, prompts: Prompts,
@@ -123,15 +124,16 @@ def check_answers(part: Part, source: Source, generator: Generator, figures: Fig
         generator.use(task.name if config.adapters else None)
         return accuracy(generator, task)
 
-    scores = scoring.scored(source, config.task, config.precision, of_export)
+    scores = scoring.scored(source, config, config.precision, of_export)
     merges = any(fit.kind != "exact" for fits in part.fits.values() for fit in fits.values())
     if merges and config.form.rounds and [*scoring.losses(scores)]:
         merged = part.unrounded()
         for task in (task for task in source.tasks if task.name in scores):
-            model = with_adapter(merged, task.name if config.adapters else None)
-            of_merged = accuracy_in_torch(model, source.tokenizer, task)
             name, of_rounded = scores[task.name].popitem()
-            scores[task.name] |= {MERGED: of_merged, name: of_rounded}
+            answered = replace(task, test=task.test[:of_rounded.examples])
+            model = with_adapter(merged, task.name if config.adapters else None)
+            scores[task.name] |= {MERGED: accuracy_in_torch(model, source.tokenizer, answered),
+                                  name: of_rounded}
     for adapter, seen in figures.items():
         if adapter or not config.adapters:
             seen["exact_match"] = shares({
@@ -157,7 +159,7 @@ def check_weights(part: Part, source: Source, folder: Path, prompts: Prompts) ->
     figures: dict[str, Any] = compare.compare_logits(
         compare.logits(source.trained, read, texts), compare.logits(exported, read, texts))
     show_logits(source.name, figures)
-    scores = scoring.scored(source, part.config.task, layout,
+    scores = scoring.scored(source, part.config, layout,
                     partial(accuracy_in_torch, exported, source.tokenizer))
     scoring.show_scores(scores, MERGED)
     return figures | {"exact_match": shares(scores)}

@@ -17,7 +17,7 @@ import train
 from minismoe.cli import trimming
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export.trim import trimmed_tokenizer, write_trimmed
-from minismoe.io.files import read_json
+from minismoe.io.files import read_json, write_json
 from minismoe.method.experts import expert_layers
 from minismoe.method.vocabulary import BPE, tokens_to_keep
 from minismoe.model.checkpoint import load_adapter, load_model
@@ -113,10 +113,12 @@ def data(tmp_path: Path) -> list[str]:
     return ["--data", str(tmp_path / "data")]
 
 
+@pytest.mark.parametrize("known", [True, False])
 def test_what_fewer_tokens_lose_is_told_apart_from_what_rounding_loses(
-        make: Make, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        known: bool, make: Make, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
-    """The trained model is the run's own, with all tokens; it is right here, and the others not."""
+    """The trained model is the run's own, with all tokens; it is right here, and the others not.
+    The run's after.json says so, or it answers the lines."""
     run, sizes = tmp_path / "run", []
     write_lines(tmp_path / "data" / "test.jsonl", ((f"say answer {i}", "answer") for i in range(8)))
     train.main(["--model", str(make("llama")), *data, "--epochs", "1", "--out", str(run)])
@@ -126,10 +128,13 @@ def test_what_fewer_tokens_lose_is_told_apart_from_what_rounding_loses(
         assert expert_layers(model) and len(task.test) == 8
         return Accuracy(8, 8, [], [1] * 8)
 
+    after = read_json(run / "after.json")
+    assert len(after["data"].pop("right")) == 8
+    write_json(run / "after.json", {"data": after["data"] | ({"right": [1] * 8} if known else {})})
     monkeypatch.setattr(export, "accuracy_in_torch", right)
     export.main([str(run), "--vocab", "320", "--out", str(tmp_path / "out")])
     found = read_json(tmp_path / "out" / "export.json")["checked"][""]["exact_match"]["data"]
-    assert sizes == [340] and found["trained"] == 1.0 > found["trimmed"]
+    assert sizes == [340] * (not known) and found["trained"] == 1.0 > found["trimmed"]
     assert [*found] == ["trained", "trimmed", "int4-8"]          # one task: nothing is merged
     said, told = capsys.readouterr()
     assert re.search(r"exact match +trained +trimmed +int4-8", said)
