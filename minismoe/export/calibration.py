@@ -18,16 +18,19 @@ from ..data.tasks import Batch, Example, probe_batches
 from ..io.files import naming
 from ..method.experts import linear_layers
 from ..method.freeze import TaskFits, solve
-from ..method.loss import IGNORE
+from ..method.hooks import hooked
+from ..method.loss import IGNORE, supervised_tokens
 from ..method.reads import HOLD, reads
+from ..method.token_weights import token_weights
 from ..model.decoder import CausalLM
 from ..model.tokens import Tokens
 from .gptq import DAMPING, factor
-from .layers import routed
+from .layers import HEAD, routed
 from .settings import ExportConfig, Source
 
 SAMPLES, BATCH = 64, 32          # of each task, and at once
 TOKENS, LONGEST = 4096, 512      # of all tasks together, and of a text: its last ones
+EVEN = 0.1                       # of a token's count: as often as it is there; 0.9 by its weight
 Samples = Mapping[str, Sequence[Example]]    # by task; those of --prompts have none
 Batches = Mapping[str, Sequence[Batch]]      # by task
 
@@ -79,15 +82,29 @@ class State:
     """A batch on its way through a decoder. What its texts begin with alike is there once."""
 
     def __init__(self, model: CausalLM, batch: Batch):
-        ids, mask, *_ = batch
-        ends = mask.cumsum(1) == mask.sum(1, keepdim=True)       # what lies before may be shared
+        ids, mask, *labels = batch
+        numbers = mask.cumsum(1)                                 # of tokens in their texts, from 1
+        ends = numbers == mask.sum(1, keepdim=True)              # what lies before may be shared
         self.tokens = Tokens(ids, mask, model.config, model.model.norm.weight.device, ends)
         self.tokens.read = None                                  # all rows are read
+        places = torch.arange(len(ids))[:, None] * ids.shape[1] + numbers - 1
+        answers = [places[supervised_tokens(mask, each)[0]] for each in labels]
+        self.answers = self.tokens.sources[torch.cat(answers or [places[:0, 0]])]    # (S,)
         self.x, self.ropes = model.model.embed(self.tokens)
 
     def run(self, layer: nn.Module, rope: str) -> None:
         """Go through a layer, whose rotary angles are of the kind `rope`."""
         self.x = layer(self.x, self.tokens, self.ropes[rope])
+
+    def token_weights(self, model: CausalLM, signs: Tensor) -> dict[str, Tensor]:
+        """The `token_weights` (N,) of the linear layers, by name, and of the head, for signs of the
+        answers (S,)."""
+        names: dict[nn.Module, str] = {m: name for name, m in linear_layers(model).items()}
+        with hooked([model.model.embed_tokens], lambda layer, ids, x: x.requires_grad_()):
+            found = token_weights(names, model.lm_head, partial(
+                model.model.rows, self.tokens, recompute=True), self.answers,
+                                  signs.to(self.answers))
+        return {names.get(layer, HEAD): w for layer, w in found.items()}
 
 
 class Calibration:
@@ -108,6 +125,15 @@ class Calibration:
                 samples += len(batch[0])
         if self.states:
             self.task, self.held, self.times = map(torch.cat, (task, held, times))       # (T,)
+        self.weights = dict[str, Tensor]()                       # of tokens (T,), by module
+
+    def weigh(self) -> None:
+        """Let tokens count as the answers depend on them, if the texts have answers."""
+        if any(len(state.answers) for state in self.states):
+            generator = torch.Generator().manual_seed(0)
+            found = [state.token_weights(self.model, 1 - 2 * torch.randint(
+                2, state.answers.shape, generator=generator)) for state in self.states]
+            self.weights = {name: torch.cat([of[name] for of in found]) for name in found[0]}
 
     def run_layer(self, number: int) -> Mapping[tuple[str, ...], Tensor | None]:
         """Run a decoder layer on all texts. Returns what its linear layers read, x (T, D), by the
@@ -134,6 +160,14 @@ class Calibration:
             own: Any = slice(None) if task is None else self.task == self.tasks.index(task)
             of_task |= solve(mixtures, x[own], self.held[own], self.times[own])
 
-    def factor(self, x: Tensor | None, damping: float = DAMPING) -> Tensor | None:
+    def factor(self, names: Sequence[str], x: Tensor | None, damping: float = DAMPING,
+               ) -> Tensor | None:
         """The `factor` of what matrices read, x (T, D)."""
-        return None if x is None else factor(x * self.times.to(x).sqrt()[:, None], damping)
+        if x is None:
+            return None
+        counts = self.times.to(x)
+        if self.weights:
+            w = torch.stack([self.weights[name] for name in names]).sum(0).to(x)
+            w *= counts.sum() / w.sum().clamp(min=torch.finfo(w.dtype).tiny)
+            counts = EVEN * counts + (1 - EVEN) * w
+        return factor(x * counts.sqrt()[:, None], damping)

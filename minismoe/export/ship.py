@@ -18,7 +18,7 @@ from ..model.decoder import CausalLM
 from ..model.quantize import WideWeight
 from .calibration import Batches, Calibration, Samples, calibration_batches, shuffled_samples
 from .gptq import DAMPING, TIED_DAMPING
-from .layers import put_weight, routed, vocabularies
+from .layers import HEAD, put_weight, routed, vocabularies
 from .mixture import round_experts
 from .part import Part
 from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered
@@ -67,17 +67,19 @@ def freeze_and_round(parts: Sequence[Part], model: CausalLM, batches: Batches, f
     to_fit = any(routed(linears[name]) for of_task in fits.values() for name in of_task)
     texts = Calibration(model, batches if to_fit or any(map(in_4_bits, (*linears, head))) else {})
     with measuring(model):
+        if any(map(in_4_bits, (*linears, head))):
+            texts.weigh()
         for number in progress_bar(range(len(model.model.layers)), "freeze and round",
                                    unit="layer"):
             for names, x in texts.run_layer(number).items():     # what reads the same x (T, D)
                 texts.fit(names, x, fits)
-                R = texts.factor(x) if in_4_bits(names[0]) else None
+                R = texts.factor(names, x) if in_4_bits(names[0]) else None
                 for part in parts:
                     part.place(names)
                     round_all(part, names, R)
         R = None
         if in_4_bits(head):
-            R = texts.factor(texts.of_head(), DAMPING if embedding else TIED_DAMPING)
+            R = texts.factor([HEAD], texts.of_head(), DAMPING if embedding else TIED_DAMPING)
     for part in parts:
         round_all(part, [head], R)
         round_all(part, embedding, None)
