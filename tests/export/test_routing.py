@@ -139,12 +139,44 @@ def test_a_loss_is_told_if_chance_does_not_explain_it(lost: int, won: int, told:
             f" model answers rightly, and {won} rightly" in warned) == told
 
 
+@pytest.mark.parametrize("lost, limit, answered", [
+    ([], None, [100, 100]), ([7], None, [100, 100]), ([120, 130], None, [100, 100]),
+    ([7, 80], None, [100, 100, 200, 20]), ([7], 300, [300, 120])])
+def test_other_lines_are_answered_if_they_may_show_a_loss(
+        lost: list[int], limit: int | None, answered: list[int], tmp_path: Path) -> None:
+    """Two of 100 lines would be six of 300: less often than once in twenty by chance, of two tasks.
+    The run says that the trained model is right at all of them."""
+    def measure(task: Task) -> Accuracy:
+        asked.append(len(task.test))
+        return scores.counted([int(task.name == "b" or number not in lost) for number in task.test])
+
+    asked = list[int]()
+    tasks = [Task(name, [], list(range(count))) for name, count in (("a", 300), ("b", 120))]
+    source = Source(tmp_path, tmp_path, "", None, None, tasks,
+                    judged={task.name: [1] * len(task.test) for task in tasks})
+    found = scores.scored(source, ExportConfig(limit_test=limit), "int4", measure)
+    assert asked == answered
+    for task in tasks:
+        count = 100 if answered == [100, 100] else len(task.test)
+        right = [int(task.name == "b" or n not in lost) for n in range(count)]
+        assert [of.right for of in found[task.name].values()] == [[1] * count, right]
+
+
 def test_an_export_is_calibrated_on_what_its_run_was_trained_on(finished: Path) -> None:
     source = export.load_run(ExportConfig(run=str(finished), limit_test=2))
     assert [len(t.test) for t in source.tasks] == [2, 2]
     samples = shuffled_samples(ExportConfig(run=str(finished)), source)
     assert {n: sorted(e.index for e in examples) for n, examples in samples.items()} == {
         n: sorted(e.index for e in examples) for n, examples in source.examples.items()}
+
+
+def test_the_answers_that_a_run_keeps_are_taken_if_new_ones_would_be_the_same(finished: Path,
+                                                                             ) -> None:
+    run = str(finished)
+    kept = {task: of["right"] for task, of in read_json(finished / "after.json").items()}
+    assert kept and export.load_run(ExportConfig(run=run)).judged == kept
+    for other in (ExportConfig(run=run, limit_test=2), ExportConfig(run=run, dtype="bfloat16")):
+        assert export.load_run(other).judged == {}
 
 
 def test_what_a_base_says_of_sampling_reaches_genai(inputs, tmp_path: Path) -> None:
