@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..data.tasks import Batch, Example, probe_batches
 from ..io.files import naming
+from ..method.bits import AT_ONCE
 from ..method.experts import linear_layers
 from ..method.freeze import TaskFits, solve
 from ..method.hooks import hooked
@@ -28,8 +29,8 @@ from .gptq import DAMPING, factor
 from .layers import HEAD, routed
 from .settings import ExportConfig, Source
 
-SAMPLES, BATCH = 64, 32          # of each task, and at once
 TOKENS, LONGEST = 4096, 512      # of all tasks together, and of a text: its last ones
+BATCH = 16                       # texts at once
 EVEN = 0.1                       # of a token's count: as often as it is there; 0.9 by its weight
 Samples = Mapping[str, Sequence[Example]]    # by task; those of --prompts have none
 Batches = Mapping[str, Sequence[Batch]]      # by task
@@ -61,20 +62,19 @@ def unlabelled(file: str, source: Source) -> list[Example]:
 
 
 def calibration_batches(samples: Samples, source: Source) -> dict[str, list[Batch]]:
-    """Padded batches of the first examples of each task: at most SAMPLES, and two at least, whose
-    tokens are the task's share of TOKENS. What a text and the one before begin with alike counts
-    once."""
+    """Padded batches of the first examples of each task: two at least, whose tokens are the task's
+    share of TOKENS. What a text and the one before begin with alike counts once."""
     batches, pad_id = {}, source.tokenizer.pad_id
     for name, examples in samples.items():
         chosen, left = list[Example](), TOKENS // len(samples)
-        for example in examples[:SAMPLES]:
+        for example in examples:
             cut = Example(name, example.ids[-LONGEST:], example.labels[-LONGEST:])
             shared = len(os.path.commonprefix([cut.ids, chosen[-1].ids])) if chosen else 0
             left -= len(cut.ids) - shared
             if left < 0 and len(chosen) >= 2:
                 break
             chosen.append(cut)
-        batches[name] = [*probe_batches(chosen, SAMPLES, BATCH, pad_id)]
+        batches[name] = [*probe_batches(chosen, len(chosen), BATCH, pad_id)]
     return batches
 
 
@@ -100,10 +100,10 @@ class State:
         """The `token_weights` (N,) of the linear layers, by name, and of the head, for signs of the
         answers (S,)."""
         names: dict[nn.Module, str] = {m: name for name, m in linear_layers(model).items()}
+        run = partial(model.model.rows, self.tokens, recompute=len(self.tokens.ids) > AT_ONCE)
         with hooked([model.model.embed_tokens], lambda layer, ids, x: x.requires_grad_()):
-            found = token_weights(names, model.lm_head, partial(
-                model.model.rows, self.tokens, recompute=True), self.answers,
-                                  signs.to(self.answers))
+            found = token_weights(
+                names, model.lm_head, run, self.answers, signs.to(self.answers))
         return {names.get(layer, HEAD): w for layer, w in found.items()}
 
 

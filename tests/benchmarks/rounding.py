@@ -19,6 +19,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -46,13 +47,15 @@ from minismoe.runtime import FORMAT, Generator
 from minismoe.training.evaluate import questions
 
 RECORD = Path(__file__).parent / "results" / "rounding.jsonl"
-BEFORE = {"EVEN": 1.0, "SAMPLES": 64, "TOKENS": 4096}        # each token counts alike
 USUAL, SMALL = "--precision int4-8 --block 32", "--precision int4 --block 128"
-WAYS: dict[str, tuple[str, dict[str, Any]]] = {      # flags of export.py, and constants
-    "alike, 4 bits of 32, head 8": (USUAL, BEFORE),
-    "weighted, 4 bits of 32, head 8": (USUAL, {}),
-    "alike, all 4 bits of 128": (SMALL, BEFORE),
-    "weighted, all 4 bits of 128": (SMALL, {})}
+# Flags of export.py; lines of each task to calibrate on; the share of a token's count that is not
+# by its weight.
+WAYS = {"alike, 64 lines: 4 bits of 32, head 8": (USUAL, 64, 1.0),
+        "alike, 64 lines: all 4 bits of 128": (SMALL, 64, 1.0),
+        "alike: 4 bits of 32, head 8": (USUAL, 10 ** 6, 1.0),
+        "weighted: 4 bits of 32, head 8": (USUAL, 10 ** 6, calibration.EVEN),
+        "weighted: all 4 bits of 32": ("--precision int4", 10 ** 6, calibration.EVEN),
+        "weighted: all 4 bits of 128": (SMALL, 10 ** 6, calibration.EVEN)}
 COLUMNS = ("exact", "NLL", "KL")
 Line = tuple[float, float, float]
 
@@ -88,16 +91,17 @@ def graph_of(source: Source, part: Part, folder: Path) -> tuple[Generator, float
     return Generator(folder, threads=torch.get_num_threads()), size
 
 
-def parts_of(run: Path, source: Source, constants: dict[str, Any], flags: Sequence[str],
-             ) -> list[Part]:
-    """What ships of a run, by some flags each, if constants of calibration.py are others."""
-    usual = {name: getattr(calibration, name) for name in constants}
-    vars(calibration).update(constants)
-    configs = [resolved(parse([str(run), *words.split()], ""), source)[-1] for words in flags]
+def parts_of(run: Path, source: Source, ways: Sequence[str]) -> list[Part]:
+    """What ships of a run in some ways that differ in their flags alone."""
+    configs = [resolved(parse([str(run), *WAYS[way][0].split()], ""), source)[-1] for way in ways]
+    _, lines, even = WAYS[ways[0]]
+    samples = shuffled_samples(configs[0], source)
+    usual, calibration.EVEN = calibration.EVEN, even
     try:
-        return ship(configs, source, mixture_of(source), shuffled_samples(configs[0], source))
+        return ship(configs, source, mixture_of(source), {
+            task: examples[:lines] for task, examples in samples.items()})
     finally:
-        vars(calibration).update(usual)
+        calibration.EVEN = usual
 
 
 def record_run(run: Path, lines: int) -> None:
@@ -106,17 +110,16 @@ def record_run(run: Path, lines: int) -> None:
     with torch.no_grad():
         trained = predictions(mixture_of(source), source, lines)
     of_ways = dict[str, tuple[list[Line], float]]()
-    for constants in (BEFORE, {}):
-        ways = [way for way, (_, others) in WAYS.items() if others == constants]
-        for way, part in zip(ways, parts_of(run, source, constants, [WAYS[w][0] for w in ways])):
+    for _, group in groupby(WAYS, lambda way: WAYS[way][1:]):
+        for way, part in zip(ways := [*group], parts_of(run, source, ways)):
             with tempfile.TemporaryDirectory() as folder:
                 generator, size = graph_of(source, part, Path(folder))
                 of_ways[way] = [line_of(p, q, right) for (p, right), (q, _) in zip(
                     trained, predictions(generator, source, lines))], size
-    ways = {"trained": ([line_of(p, p, right) for p, right in trained], 0.0)} | {
+    found = {"trained": ([line_of(p, p, right) for p, right in trained], 0.0)} | {
         way: of_ways[way] for way in WAYS}
     with RECORD.open("a") as file:
-        for way, (rows, size) in ways.items():
+        for way, (rows, size) in found.items():
             file.write(json.dumps({"run": name_of(run), "way": way, "MB": round(size, 1), **{
                 column: {"mean": round(fmean(values), 4), "difference": difference(values, usual)}
                 for column, values, usual in zip(COLUMNS, zip(*rows), zip(*of_ways[[*WAYS][0]][0]))
