@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..data.tasks import Batch, Example, probe_batches
 from ..io.files import naming
-from ..method.bits import AT_ONCE
 from ..method.experts import linear_layers
 from ..method.freeze import TaskFits, solve
 from ..method.hooks import hooked
@@ -30,7 +29,7 @@ from .layers import HEAD, routed
 from .settings import ExportConfig, Source
 
 TOKENS, LONGEST = 4096, 512      # of all tasks together, and of a text: its last ones
-BATCH = 16                       # texts at once
+BATCH = 32                       # texts at once
 EVEN = 0.1                       # of a token's count: as often as it is there; 0.9 by its weight
 Samples = Mapping[str, Sequence[Example]]    # by task; those of --prompts have none
 Batches = Mapping[str, Sequence[Batch]]      # by task
@@ -100,7 +99,7 @@ class State:
         """The `token_weights` (N,) of the linear layers, by name, and of the head, for signs of the
         answers (S,)."""
         names: dict[nn.Module, str] = {m: name for name, m in linear_layers(model).items()}
-        run = partial(model.model.rows, self.tokens, recompute=len(self.tokens.ids) > AT_ONCE)
+        run = partial(model.model.rows, self.tokens, recompute=True)
         with hooked([model.model.embed_tokens], lambda layer, ids, x: x.requires_grad_()):
             found = token_weights(
                 names, model.lm_head, run, self.answers, signs.to(self.answers))

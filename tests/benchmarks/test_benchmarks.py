@@ -26,6 +26,7 @@ import growth
 import merging
 import probe_speed
 import providers
+import rounding
 import train_speed
 
 
@@ -127,6 +128,22 @@ def test_export_loss_scores_ways_against_the_mixture(odd_run, tmp_path, monkeypa
     monkeypatch.setattr(export_loss, "record_run", lambda *_: pytest.fail("it was measured"))
     export_loss.main(args)
     assert said.endswith(again := capsys.readouterr().out) and "merged, float32" in again
+
+
+def test_rounding_pairs_ways_line_by_line(odd_run, tmp_path, monkeypatch, capsys) -> None:
+    """A run is measured once."""
+    monkeypatch.setattr(rounding, "RECORD", tmp_path / "rounding.jsonl")
+    ways = [way for way in rounding.WAYS if "all 4 bits" not in way]
+    monkeypatch.setattr(rounding, "WAYS", {way: rounding.WAYS[way] for way in ways})
+    rounding.main([str(odd_run)])
+    said = capsys.readouterr().out
+    records = [json.loads(line) for line in rounding.RECORD.read_text().splitlines()]
+    trained, *found = (record["KL"]["mean"] for record in records)
+    assert [record["way"] for record in records] == ["trained", *ways]
+    assert trained == 0 < min(found) and records[1]["NLL"]["difference"] == [0, 0]
+    monkeypatch.setattr(rounding, "record_run", lambda *_: pytest.fail("it was measured"))
+    rounding.main([str(odd_run)])
+    assert said.endswith(again := capsys.readouterr().out) and "means of 1 runs" in again
 
 
 def test_calibration_is_the_mean_gap_of_bins() -> None:
