@@ -236,7 +236,7 @@ def read_after(run: Path, inputs: Inputs) -> dict[str, list[int]]:
     says it; of no task if these are not the model and the lines of the run."""
     saved, file = saved_config(run), run / "after.json"
     same = inputs.identity.items() <= saved["identity"].items()
-    if saved["arguments"]["base_bits"] or not same or not file.is_file():
+    if saved["arguments"].get("base_bits") or not same or not file.is_file():
         return {}
     return {name: task["right"] for name, task in files.read_json(file).items() if "right" in task}
 

@@ -30,7 +30,7 @@ from .settings import ExportConfig, Source
 
 TOKENS, LONGEST = 4096, 512      # of all tasks together, and of a text: its last ones
 BATCH = 32                       # texts at once
-EVEN = 0.1                       # of a token's count: as often as it is there; 0.9 by its weight
+EVEN = 0.1                       # share of a token's count that is how often it is there
 Samples = Mapping[str, Sequence[Example]]    # by task; those of --prompts have none
 Batches = Mapping[str, Sequence[Batch]]      # by task
 
@@ -161,7 +161,8 @@ class Calibration:
 
     def factor(self, names: Sequence[str], x: Tensor | None, damping: float = DAMPING,
                ) -> Tensor | None:
-        """The `factor` of what matrices read, x (T, D)."""
+        """The `factor` of what some matrices read, x (T, D), in which a token counts by its weights
+        for them."""
         if x is None:
             return None
         counts = self.times.to(x)

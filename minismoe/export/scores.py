@@ -27,7 +27,7 @@ ADVICE = {
     MERGED: "keep the mixtures (--layout onnx --routing dynamic), or calibrate on lines like those "
             "of the test (--prompts FILE)",
     ROUNDED: "export with more bits (--precision int8 or fp32)"}
-FIRST = 100              # test lines of a task
+FIRST = 100              # test lines of a task that are answered first
 CHANCE = 0.05            # a loss is told if chance explains it less often than this
 
 
@@ -60,11 +60,11 @@ def measured(source: Source, config: ExportConfig, tasks: Sequence[Task], lines:
     for task in (replace(task, test=task.test[lines]) for task in tasks):
         if not task.test or not (of_export := measure(task)).examples:
             continue
-        row = {TRAINED: counted(source.judged[task.name][lines][:len(task.test)])} if (
-            task.name in source.judged) else {}
-        if config.vocab or not row:
-            row[TRIMMED if config.vocab else TRAINED] = accuracy_in_torch(
-                source.trained, source.tokenizer, task)
+        row, own = dict[str, Accuracy](), TRIMMED if config.vocab else TRAINED
+        if task.name in source.judged:
+            row[TRAINED] = counted(source.judged[task.name][lines][:len(task.test)])
+        if own not in row:
+            row[own] = accuracy_in_torch(source.trained, source.tokenizer, task)
         found[task.name] = row | {name: of_export}
     return found
 

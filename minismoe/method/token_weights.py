@@ -40,7 +40,7 @@ def token_weights(layers: Iterable[nn.Module], head: Any, run: Callable[[], Tens
         hidden = run()
         read = hidden.detach().requires_grad_()
         weights[head] = squares(hidden.detach()[:, :0])                  # zeros
-        step = max(1, CHUNK // head.out_features)
+        step = max(1, CHUNK // 4 // head.out_features)       # logits, in two dtypes, and gradients
         for rows, of_rows in zip(at.split(step), signs.split(step)):
             logits = head(read[rows])
             first, second = logits.to(torch.promote_types(logits.dtype, torch.float32)).topk(
