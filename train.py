@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from minismoe.cli import flags, probing, runs, script
+from minismoe.cli import flags, probing, results, runs, script
 from minismoe.cli.inputs import Inputs, load_inputs, print_examples, resolve_auto
 from minismoe.data.tasks import Example, are_short
 from minismoe.io.files import write_json
-from minismoe.io.flags import from_flags, new_parser, option
+from minismoe.io.flags import new_parser
 from minismoe.io.progress import progress_bar
 from minismoe.io.text import clean
 from minismoe.method.allocate import Allocation
@@ -125,7 +125,7 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
         before = score(inputs, "before", config)
         rank0_only(write_json, run / "before.json", before)
     if not distributed.rank():
-        known = runs.read_before(run / "before.json", inputs.encoded)
+        known = results.read_before(run / "before.json", inputs.encoded)
 
     # Train.
     examples, valid = ([*chain(*split.values())] for split in (inputs.encoded, inputs.valid))
@@ -135,14 +135,14 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
                     config.resume, valid, bool(config.init))
     seconds["train"] = round(summary["seconds"], 2)
     if summary["step"]:
-        rank0_only(runs.draw_losses, run, summary["kept"])
+        rank0_only(results.draw_losses, run, summary["kept"])
     names = [task.name for task in inputs.tasks]
     rank0_only(save_adapter, inputs.model, run / "adapter", allocation, names)
 
     # Evaluate again, and save what came out.
     after = score(inputs, "after", config) if summary["step"] or before is None else before
     if not distributed.rank():
-        runs.save_results(run, known, after, {
+        results.save_results(run, known, after, {
             "trainable_parameters": trainable, "experts": sum(allocation.experts.values()),
             "seconds": seconds})
         if summary["step"]:
@@ -163,39 +163,13 @@ def what_next(run: Path, cfg: TrainConfig, model: CausalLM, examples: Sequence[E
 
 
 def parse(argv: Sequence[str]) -> flags.RunConfig:
-    """The flags; with --resume those of the run, most of which may not be changed."""
+    """What the flags ask for: a new run, one that goes on, or one from the experts of another."""
     parser = new_parser(__doc__, {
         "run": flags.RunConfig, "model and data": flags.InputConfig,
         "probe and allocation": flags.AllocationConfig, "training": TrainConfig})
     args = parser.parse_args(argv)
-    if args.resume:
-        if not args.out:
-            parser.error("--resume needs --out RUN")
-        args = runs.resumed(parser, argv, Path(args.out))
-    if args.init and not args.resume:
-        if given := [option(name) for name in (*flags.CHOOSING, "allocation", "rank", "alpha")
-                     if getattr(args, name) != parser.get_default(name)]:
-            parser.error(f"--init takes the experts of RUN as they are: leave out "
-                         f"{', '.join(given)}")
-        args = runs.with_inputs_of(parser, argv, Path(args.init))
-    if args.epochs == 0 and not args.init:
-        parser.error("--epochs 0 trains nothing: name a run to judge by --init RUN")
-    args.micro_batch_size = args.micro_batch_size or args.batch_size
-    values = vars(args)
-    allocating = from_flags(flags.AllocationConfig, values, keep=None)   # --keep is of training
-    if args.resume and (kept := Path(args.out) / "allocation.json").exists():
-        allocating = probing.with_file(allocating, kept)             # the probe does not run again
-    elif args.init:
-        allocating = probing.with_file(allocating, Path(args.init) / "allocation.json")
-    elif args.allocation:
-        allocating = probing.with_file(allocating, args.allocation)
-        idle = [option(name) for name in flags.CHOOSING
-                if values[name] != getattr(flags.AllocationConfig, name)]
-        if allocating.fixed and idle:
-            parser.error(f"--allocation says what these would choose: leave out {', '.join(idle)}")
-    return from_flags(flags.RunConfig, values, allocating=allocating,
-                      inputs=from_flags(flags.InputConfig, values),
-                      training=from_flags(TrainConfig, values))
+    begin = runs.resumed_run if args.resume else runs.run_from if args.init else runs.new_run
+    return begin(parser, argv)
 
 
 @torch.no_grad()

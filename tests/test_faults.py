@@ -336,7 +336,7 @@ def test_a_broken_input_is_refused(world: World, main: Any, spoil: Callable[[Wor
     (export.main, lambda c: c["arguments"].update(tasks="sum"), "has tasks, which is no flag: ano"),
     (train.main, lambda c: c["arguments"].update(epochs="x"), "argument --epochs: .*'x'"),
     (train.main, lambda c: c["arguments"].update(recompute="y"), "argument --recompute: .*'y'"),
-    (train.main, lambda c: c["arguments"].update(model=5), "no such model folder: 5"),
+    (train.main, lambda c: c["arguments"].update(model=5), "argument --model: 5 is no str"),
     (train.main, lambda c: c["arguments"].update(help=True), "has help, which is no flag")])
 def test_a_run_with_a_hostile_or_older_config_is_refused(
         world: World, main: Any, change: Callable[[Any], object], says: str) -> None:

@@ -4,12 +4,13 @@ Each field that `flag` makes becomes a command-line flag of the same name.
 """
 
 import argparse
-import math
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import field, fields
+from dataclasses import Field, field, fields
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+LARGEST = sys.float_info.max              # a whole number of JSON may be larger
 
 
 def flag(default: Any, help: str, kind: Callable[[str], Any] | None = None, **more: Any) -> Any:
@@ -48,24 +49,41 @@ def as_flags(*configs: Any) -> dict[str, Any]:
             if f.metadata}
 
 
-def checked(kind: Callable[[str], Any], good: Callable[[Any], bool], wrong: str,
-            ) -> Callable[[str], Any]:
+class Checked:
     """An argparse type: the value that `kind` reads, if `good` accepts it."""
-    def read(text: str) -> Any:
-        if not good(value := kind(text)):
-            raise argparse.ArgumentTypeError(f"{text or 'it'} {wrong}")
+
+    def __init__(self, kind: type, good: Callable[[Any], bool], wrong: str):
+        self.kind, self.good, self.wrong = kind, good, wrong
+        self.__name__ = kind.__name__        # argparse names it in the error if `kind` raises
+
+    def __call__(self, text: str) -> Any:
+        if not self.good(value := self.kind(text)):
+            raise argparse.ArgumentTypeError(f"{text or 'it'} {self.wrong}")
         return value
-    read.__name__ = kind.__name__            # argparse names it in the error if `kind` raises
-    return read
 
 
-positive = checked(int, lambda n: n >= 1, "is not at least 1")
-natural = checked(int, lambda n: n >= 0, "is below 0")
-seed = checked(int, lambda n: -1 << 63 <= n < 1 << 63, "has more than 64 bits")
-text = checked(str, bool, "is empty")          # an unset variable of a shell
-two_names = checked(str, lambda t: len([*filter(str.strip, t.split(","))]) == t.count(",") + 1 == 2,
+def wrong_value(f: Field[Any], value: Any) -> str:
+    """What is wrong with a value, as JSON or a caller has it, of a field that `flag` made; "" if
+    nothing is."""
+    check = f.metadata.get("type") or (bool if f.default is False else str)
+    kind = check.kind if isinstance(check, Checked) else check
+    if value is None and f.default is None:
+        return ""
+    if type(value) is not kind and (type(value), kind) != (int, float):
+        return f"{value!r} is no {kind.__name__}"
+    if isinstance(check, Checked) and not check.good(value):
+        return f"{'it' if value == '' else value} {check.wrong}"
+    choices = f.metadata.get("choices", [value])
+    return "" if value in choices else f"{value!r} is none of {', '.join(map(str, choices))}"
+
+
+positive = Checked(int, lambda n: n >= 1, "is not at least 1")
+natural = Checked(int, lambda n: n >= 0, "is below 0")
+seed = Checked(int, lambda n: -1 << 63 <= n < 1 << 63, "has more than 64 bits")
+text = Checked(str, bool, "is empty")          # an unset variable of a shell
+two_names = Checked(str, lambda t: len([*filter(str.strip, t.split(","))]) == t.count(",") + 1 == 2,
                     "is not two names with a comma between them")
-number = checked(float, lambda x: 0 <= x < math.inf, "is no number of at least 0")
-fraction = checked(float, lambda x: 0 < x <= 1, "is not in (0, 1]")
-fraction_or_zero = checked(float, lambda x: 0 <= x <= 1, "is not in [0, 1]")
-above_zero = checked(float, lambda x: 0 < x < math.inf, "is not above 0, or no number")
+number = Checked(float, lambda x: 0 <= x <= LARGEST, "is no number of at least 0")
+fraction = Checked(float, lambda x: 0 < x <= 1, "is not in (0, 1]")
+fraction_or_zero = Checked(float, lambda x: 0 <= x <= 1, "is not in [0, 1]")
+above_zero = Checked(float, lambda x: 0 < x <= LARGEST, "is not above 0, or no number")

@@ -7,7 +7,6 @@ import ctypes
 import heapq
 import math
 import random
-from argparse import ArgumentTypeError
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
@@ -16,10 +15,10 @@ from dataclasses import dataclass, fields
 from itertools import accumulate, takewhile
 from typing import Any
 
-from ..io.flags import checked, flag, fraction, fraction_or_zero, natural, number
+from ..io.flags import Checked, flag, fraction, fraction_or_zero, natural, number, wrong_value
 
-penalty = checked(float, lambda x: -2 <= x <= 2, "is not in [-2, 2]")
-factor = checked(float, lambda x: 0.01 <= x <= 100, "is not in [0.01, 100]")     # others overflow
+penalty = Checked(float, lambda x: -2 <= x <= 2, "is not in [-2, 2]")
+factor = Checked(float, lambda x: 0.01 <= x <= 100, "is not in [0.01, 100]")     # others overflow
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, kind = getattr(self, f.name), f.metadata["type"]
-            try:
-                if value != f.default or isinstance(value, bool):
-                    kind(repr(value))
-            except ArgumentTypeError as e:
-                raise ValueError(f"{f.name} {e}") from None
-            except ValueError:
-                raise ValueError(f"{f.name} {value!r} is no {kind.__name__}") from None
+            if wrong := wrong_value(f, getattr(self, f.name)):
+                raise ValueError(f"{f.name} {wrong}")
 
     def draw(self, logits: Sequence[float], rng: random.Random) -> int:
         """Choose an index of `logits`, which are sorted from the largest."""

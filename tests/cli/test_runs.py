@@ -14,7 +14,7 @@ from torch import nn
 import export
 import train
 from minismoe.cli import inputs as cli
-from minismoe.cli import probing, runs
+from minismoe.cli import probing, results, runs
 from minismoe.cli.flags import AllocationConfig, InputConfig
 from minismoe.data.lines import with_system
 from minismoe.data.tasks import Example, Task
@@ -31,13 +31,13 @@ def test_results_hold_shares_intervals_and_their_mean() -> None:
 
     before = {"a": judged(2.0, 0.1, 1, 4), "b": judged(3.0, 0.2, 0, 3), "text": judged(2.5, 0.3)}
     after = {"a": judged(1.0, 0.5, 3, 4), "b": judged(1.5, 0.6, 3, 3), "text": judged(2.0, 0.4)}
-    results = runs.results_json(before, after, {"experts": 5})
-    assert results["tasks"]["a"] == {
+    found = results.results_json(before, after, {"experts": 5})
+    assert found["tasks"]["a"] == {
         "before": 0.25, "after": 0.75, "examples": 4, "interval": [0.3006, 0.9544],
         "loss": {"before": 2.0, "after": 1.0}, "token_accuracy": {"before": 0.1, "after": 0.5}}
-    assert results["tasks"]["text"].keys() == {"loss", "token_accuracy"}
-    assert results["mean"] == {"before": 0.125, "after": 0.875}
-    assert runs.results_json({"text": before["text"]}, {"text": after["text"]}, {})["mean"] == {}
+    assert found["tasks"]["text"].keys() == {"loss", "token_accuracy"}
+    assert found["mean"] == {"before": 0.125, "after": 0.875}
+    assert results.results_json({"text": before["text"]}, {"text": after["text"]}, {})["mean"] == {}
 
 
 def test_free_text_is_judged_by_its_tokens(inputs, tmp_path, succeed) -> None:
@@ -88,8 +88,8 @@ def test_a_long_validation_line_is_left_out(inputs, tmp_path, succeed) -> None:
 def test_a_run_without_a_test_shows_answers_to_validation_lines(inputs, tmp_path, succeed) -> None:
     out = succeed(train.main, *inputs, "--samples", "2", "--epochs", "1", "--limit-test", "0",
                   "--out", tmp_path)
-    results = read_json(tmp_path / "results.json")
-    assert results["mean"] == {} and results["tasks"]["sum"]["loss"]["after"] is None
+    found = read_json(tmp_path / "results.json")
+    assert found["mean"] == {} and found["tasks"]["sum"]["loss"]["after"] is None
     assert out.count("upper: prompt:") == 2 and "perplexity" not in out
 
 
@@ -193,12 +193,12 @@ def test_a_run_goes_on_where_its_model_and_data_moved_to(inputs, finished, tmp_p
                                                          ) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     model, data = (shutil.copytree(inputs[i], tmp_path / f"copy-{i}") for i in (1, 3))
-    results = read_json(run / "results.json")["tasks"]
+    before = read_json(run / "results.json")["tasks"]
     moved = "--resume", "--out", run, "--model", model, "--data", data
     succeed(train.main, *moved)                          # finished, but now elsewhere
     arguments = runs.saved_config(run)["arguments"]
     assert (arguments["model"], arguments["data"]) == (str(model), str(data))
-    assert read_json(run / "results.json")["tasks"] == results
+    assert read_json(run / "results.json")["tasks"] == before
     assert "nothing is missing" in succeed(train.main, *moved)
     (run / "results.json").unlink()
     (file := next(data.rglob("test.jsonl"))).write_text(file.read_text().split("\n")[0] + "\n")
