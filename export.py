@@ -108,7 +108,7 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
     if config.vocab:
         inputs = trimming.trimmed(whole, settings, config.vocab, scratch / "base")
         load_adapter(inputs.model, run / "adapter")
-        trimming.print_logprobs(trimming.logprobs(whole), trimming.logprobs(inputs))
+        trimming.print_logprobs(whole, inputs)
     if settings.dtype == STORED:
         widened(inputs.model)
     context = inputs.model.config.max_position_embeddings

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..io import files
 from ..io.drawing import loss_svg
-from ..io.text import clean, table
+from ..io.text import clean, clip, table
 from ..training.evaluate import Accuracy
 from ..training.judge import Judgement
 from ..training.verdict import read_metrics
@@ -74,15 +74,10 @@ def save_results(run: Path, before: Mapping[str, Judgement], after: Mapping[str,
     for name, content in answers.items():
         for sample in content["samples"]:
             print(f"{clean(name)}: " + "\n  ".join(
-                f"{kind + ':':9} {shortened(sample[kind])}" for kind in sample))
+                f"{kind + ':':9} {clip(clean(' '.join(sample[kind].split())), 100)}"
+                for kind in sample))
     others = ", and which others are wrong" if mean else ""
     print(f"after.json holds these answers{others}")
-
-
-def shortened(text: str) -> str:
-    """A text in one line of at most 100 characters that is safe to print."""
-    line = clean(" ".join(text.split()))
-    return line if len(line) <= 100 else line[:99] + "…"
 
 
 def draw_losses(run: Path, kept: int) -> None:

@@ -99,10 +99,12 @@ def logprobs(inputs: Inputs) -> dict[str, float]:
     return found
 
 
-def print_logprobs(before: Mapping[str, float], after: Mapping[str, float]) -> None:
+def print_logprobs(whole: Inputs, fewer: Inputs) -> None:
     """Print what fewer tokens cost the right answers, by task."""
+    after = logprobs(fewer)
     print(table(["log-probability of right answers", "all tokens", "fewer"], [
-        [clean(name), f"{value:.4f}", f"{after[name]:.4f}"] for name, value in before.items()]))
+        [clean(name), f"{before:.4f}", f"{after[name]:.4f}"]
+        for name, before in logprobs(whole).items()]))
 
 
 def hint(source: Source, rows: int, size: int) -> str:

@@ -113,16 +113,12 @@ def about(config: ExportConfig, source: Source) -> dict[str, Any]:
 
 def record(info: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Write export.json: `info` and the files of the folder; returns its content."""
-    files = {f.relative_to(folder).as_posix(): _listed(f, info["layout"] == "web")
-             for f in sorted(folder.glob("**/*")) if f.is_file() and f != folder / "export.json"}
+    files = dict[str, dict[str, Any]]()
+    for f in sorted(folder.glob("**/*")):
+        if f.is_file() and f != folder / "export.json":
+            size, name = f.stat().st_size, f.relative_to(folder).as_posix()
+            files[name] = {"bytes": size, "sha256": sha256(f)}
+            if info["layout"] == "web" and size > SHARD:     # a page checks it part by part
+                files[name]["shards"] = {"bytes": SHARD, "sha256": sha256_of_parts(f, SHARD)}
     write_json(folder / "export.json", {**info, "files": files})
     return {**info, "files": files}
-
-
-def _listed(file: Path, web: bool) -> dict[str, Any]:
-    """What export.json says of a file. A page loads a large one in parts, and checks each."""
-    size = file.stat().st_size
-    listed: dict[str, Any] = {"bytes": size, "sha256": sha256(file)}
-    if web and size > SHARD:
-        listed["shards"] = {"bytes": SHARD, "sha256": sha256_of_parts(file, SHARD)}
-    return listed

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeVar
 from xml.sax.saxutils import escape
 
-from .text import clean, in_colour
+from .text import clean, clip, in_colour
 
 Value = TypeVar("Value")
 Cell = tuple[str, str]  # (layer label, projection label)
@@ -28,10 +28,6 @@ ABSENT = bytes.fromhex("ececec")
 # SVG. One unit is a hundredth of an inch in a column 3.4 inches wide: a font of 10 is 7.2 pt.
 WIDTH, SIZE, ROW, GAP = 340.0, 10.0, 11.0, 12.0
 BOLD = ' font-weight="bold"'
-
-
-def _clip(text: str, width: int) -> str:
-    return text if len(text) <= width else text[:width - 1] + "…"
 
 
 def grid(values: Mapping[str, Value]) -> tuple[list[str], list[str], dict[Cell, Value]]:
@@ -106,10 +102,10 @@ def terminal_heatmap(title: str, values: Mapping[str, float], *, digits: bool = 
             return _paint(text, position)
         return text if digits else SHADES[min(int(position * 5), 4)] * cell
 
-    lines = [_clip(clean(title), TERMINAL_WIDTH)]
+    lines = [clip(clean(title), TERMINAL_WIDTH)]
     for start in range(0, len(layers), per_block):
         block = layers[start:start + per_block]
-        lines += [_clip(name, gutter - 1).ljust(gutter) + "".join(draw((n, name)) for n in block)
+        lines += [clip(name, gutter - 1).ljust(gutter) + "".join(draw((n, name)) for n in block)
                   for name in projections]
         step, axis = 1 if max(map(len, block)) < cell else 5, ""
         for n in [n for n in block if n == "-" or int(n) % step == 0] or block[:1]:
@@ -145,10 +141,10 @@ def _panel(x: float, y: float, width: float, title: str, layers: Sequence[str],
     size = (x + width - left) / max(1, len(layers))
     step = 1 if size >= 16 else 5        # layer numbers that fit
     out = [f"<g><title>{escape(clean(title))}</title>",
-           _text(left, y + 10, _clip(title, int((x + width - left) / 6.8)), "start", BOLD)]
+           _text(left, y + 10, clip(title, int((x + width - left) / 6.8)), "start", BOLD)]
     for row, label in enumerate([*projections, "layer"]):
         top = y + 14 + ROW * row
-        out.append(_text(left - 4, top + 9, _clip(label, 14), "end"))
+        out.append(_text(left - 4, top + 9, clip(label, 14), "end"))
         out += [_square(left + i * size, top, size, *cells[n, label])
                 for i, n in enumerate(layers) if (n, label) in cells]
     out += [_text(left + (i + 0.5) * size, top + 9, layer) for i, layer in enumerate(layers)

@@ -30,6 +30,11 @@ def clean(text: object, keep: str = "") -> str:
                    or unicodedata.category(c) == "Zs" else "\ufffd" for c in str(text))
 
 
+def clip(text: str, width: int) -> str:
+    """A text of at most `width` characters."""
+    return text if len(text) <= width else text[:width - 1] + "…"
+
+
 def in_colour() -> bool:
     """Whether stdout is a terminal, and colours are welcome (https://no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
