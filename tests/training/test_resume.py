@@ -85,7 +85,9 @@ def test_no_flipped_bit_goes_unseen(trained, tmp_path) -> None:
 
 def test_a_run_with_two_damaged_checkpoints_starts_anew(trained, tmp_path, capsys) -> None:
     run = shutil.copytree(trained[0], tmp_path / "run")
-    for folder in (run / "checkpoints").iterdir():
+    folders = resume.checkpoints(run)
+    assert [f.name for f in folders] == ["step-00000008", "step-00000012"]       # others are gone
+    for folder in folders:
         os.truncate(folder / "experts.safetensors", 100)
     goes_on(run, trained[1])
     err = capsys.readouterr().err
