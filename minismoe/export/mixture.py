@@ -108,18 +108,16 @@ class LinearLayers:
             for leaf, A, router in zip(leaves, As, routers)))
         # Ranks of matrices without a router have the gate 1: the sum of the first matrix's gates.
         of_ranks[:E, of_ranks.sum(0) == 0] = 1
-        routed = [leaf for leaf, router in zip(leaves, routers) if len(router)]
         gates = self.gates(f"{label}.router", x, [router for router in routers if len(router)],
-                           [leaf.top_k for leaf in routed])
+                           max(leaf.top_k for leaf, router in zip(leaves, routers) if len(router)))
         return self.node("Mul", f"{label}.gates", h, self.node(
             "MatMul", f"{label}.gates", gates, self.tensor(f"{label}.gates", of_ranks)))
 
-    def gates(self, name: str, x: str, routers: Sequence[Tensor], top_k: Sequence[int]) -> str:
-        """Top-k gates of G matrices, zero for experts not chosen, (1, T, G * E)."""
+    def gates(self, name: str, x: str, routers: Sequence[Tensor], k: int) -> str:
+        """Top-k gates of G matrices, zero for experts not chosen, (1, T, G * E). An allocation has
+        one k, of which a matrix of fewer experts takes all."""
         G, counts = len(routers), [len(router) for router in routers]
-        E, k = max(counts), max(top_k)
-        if [*top_k] != [min(k, n) for n in counts]:
-            raise ValueError(f"{name}: matrices that read the same input need the same top_k")
+        E = max(counts)
         rows = [F.pad(router, (0, 0, 0, E - len(router))) for router in routers]
         y = self.node("MatMul", name, x, self.tensor(name, torch.cat(rows).T))
         if G > 1:

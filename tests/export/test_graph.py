@@ -424,13 +424,6 @@ def test_what_a_target_cannot_do_is_refused(model: Callable[..., CausalLM]) -> N
         refuse(replace(delta, rotary_size=8), "ort", 32, None)
 
 
-def test_another_top_k_is_refused(model: Callable[..., CausalLM], tmp_path: Path) -> None:
-    m = model("llama")
-    beside = mixed(m, lambda i, part: (4, 2 if "q_" in part else 1))
-    with pytest.raises(ValueError, match="layers.0.*top_k"):
-        write(tmp_path / "m.onnx", m, beside)
-
-
 # Sampler
 
 @pytest.mark.parametrize("vocab", [7, 300])
