@@ -10,43 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..method.experts import linear_outputs
 from .config import Config
 from .tokens import Cache, Tokens
 
 Rope = tuple[Tensor, Tensor] | None      # cos and sin (N, 1, R), the first half of sin negated
-
-
-class _RMSNorm(torch.autograd.Function):
-    """RMS normalisation with a fused backward: five passes over x, a third of autograd's time on a
-    CPU. Compared with autograd by test_the_hand_written_backward in tests/model/test_decoder.py.
-
-    y = x / rms * weight,   rms = sqrt(mean(x^2) + eps)
-    dx = g / rms - x <g, x> / (n rms^3),   g = dy * weight
-    d_weight = sum over rows of dy * x / rms
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, eps).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        (x, weight), n = ctx.saved_tensors, dy.shape[-1]
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x32, g = x.to(dtype), (dy * weight).to(dtype)
-        mean_square = torch.linalg.vecdot(x32, x32)[..., None].div_(n)
-        inverse = mean_square.add_(ctx.eps).rsqrt_()                     # (..., 1): 1 / rms
-        d_weight = None
-        if ctx.needs_input_grad[1]:
-            d_weight = (dy * (x32 * inverse)).flatten(0, -2).sum(0).to(weight.dtype)
-        along = torch.linalg.vecdot(g, x32)[..., None] * inverse ** 3 / n
-        return (g * inverse).addcmul_(x32, along, value=-1).to(x.dtype), d_weight, None
 
 
 class RMSNorm(nn.Module):
@@ -65,8 +34,6 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
-    if x.device.type == "cpu":
-        return _RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, eps).to(x.dtype)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, LLAMA3, padded, tiny_config
 from torch import Tensor
 
-from minismoe.model.attention import _RMSNorm, attend, rope_frequencies
+from minismoe.model.attention import attend, rope_frequencies
 from minismoe.model.checkpoint import load_model
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
@@ -121,21 +121,6 @@ def test_rows_that_stop_leave_the_others_unchanged(checkpoint: Checkpoint, famil
         on = alive[row].bool()
         whole = expected(hf, torch.cat([ids[row][mask[row].bool()], more[row][on]]))
         close(steps[row][on], whole[-int(on.sum()):])
-
-
-# Training
-
-def test_the_hand_written_backward() -> None:
-    """The norm against the same formula under autograd."""
-    def gradients(y: Tensor) -> list[Tensor]:
-        upstream = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
-        return [y.detach(), *torch.autograd.grad(y, (x, weight), upstream)]
-
-    torch.manual_seed(0)
-    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
-    weight = torch.rand(8, dtype=torch.float64, requires_grad=True)
-    plain = x / (x.square().mean(-1, True) + 0.1).sqrt() * weight
-    torch.testing.assert_close(gradients(_RMSNorm.apply(x, weight, 0.1)), gradients(plain))
 
 
 # Rotary frequencies
