@@ -168,18 +168,6 @@ def test_a_budget_is_met_to_within_one_step(strategy: str, model: Model, amount:
     assert (found.keep is not None) == (strategy == "votes")
 
 
-def test_a_budget_of_votes_finds_every_step_of_unequal_groups() -> None:
-    names = [f"h.{i}.{kind}" for i in range(3) for kind in ("attn.q", "attn.k", "mlp.up")]
-    scores = {task: {name: (i * step) % 13 + 1.0 for i, name in enumerate(names)}
-              for task, step in (("a", 5), ("b", 7))}
-    shapes = dict.fromkeys(names, (8, 8))
-    sizes = {size(allocate(scores, keep=i / 720), shapes) for i in range(1, 721)}
-    assert len(sizes) == 8  # 1 + 1 modules at first, then 5 + 2 more, never two at once
-    for budget in range(min(sizes), 2600, 8):
-        found = size(allocate(scores, budget_params=budget, shapes=shapes), shapes)
-        assert found == max(each for each in sizes if each <= budget)
-
-
 @given(models(), st.integers(1, 48))
 def test_a_found_keep_can_be_given_again(model: Model, amount: int) -> None:
     scores, shapes = model
