@@ -139,15 +139,24 @@ class Readers(nn.ModuleList):
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_a_hook_of_any_kind_is_called_where_layers_form_a_group(kind: str) -> None:
+    """And every parameter gets the same gradient."""
     layers, called = [adapted(seed=0), adapted(seed=1)], list[str]()
     x = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
+
+    def computed() -> list[Tensor]:
+        ys = linear_outputs(x, *layers)
+        for layer in layers:
+            layer.zero_grad()
+        sum(ys).square().sum().backward(retain_graph=True)       # copies have one graph
+        return [*(y.detach() for y in ys), *(p.grad for m in layers for p in m.parameters()
+                                             if p.requires_grad)]
+
     with Copies(Readers(layers)).multiplying():
-        expected = [y.detach() for y in linear_outputs(x, *layers)]
+        expected = computed()
         getattr(layers[1], f"register_{kind}_hook")(lambda *_: called.append(kind))
-        found = linear_outputs(x, *layers)
-        sum(found).sum().backward()
+        found = computed()
     assert called == [kind]
-    torch.testing.assert_close([y.detach() for y in found], expected)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("experts", "k"), [
