@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from minismoe.cli import inputs as cli
-from minismoe.cli import runs, script, trimming
+from minismoe.cli import results, runs, script, trimming
 from minismoe.cli.export_flags import NO_RUN, parse
 from minismoe.cli.flags import InputConfig
 from minismoe.data.tasks import are_short
@@ -103,7 +103,7 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
     if limit == saved.limit_test and (other := runs.other_tasks(run, inputs)):
         print(f"not what the run was trained on: {other}", file=sys.stderr)
     load_adapter(inputs.model, run / "adapter")
-    judged = runs.read_after(run, inputs) if dtype == saved.dtype else {}
+    judged = results.read_after(run, inputs) if dtype == saved.dtype else {}
     whole = inputs
     if config.vocab:
         inputs = trimming.trimmed(whole, settings, config.vocab, scratch / "base")

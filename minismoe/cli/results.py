@@ -13,6 +13,8 @@ from ..io.text import clean, clip, table
 from ..training.evaluate import Accuracy
 from ..training.judge import Judgement
 from ..training.verdict import read_metrics
+from .inputs import Inputs
+from .runs import saved_config
 
 
 def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Judgement]:
@@ -27,6 +29,16 @@ def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Judgement]:
                     for key in ("prompt", "expected", "given"))
         return before
     raise ValueError(f"{file} is damaged: remove it, and --resume evaluates the base again")
+
+
+def read_after(run: Path, inputs: Inputs) -> dict[str, list[int]]:
+    """Whether the trained model answers each test line rightly, by task, as after.json of a run
+    says it; of no task if these are not the model and the lines of the run."""
+    saved, file = saved_config(run), run / "after.json"
+    same = inputs.identity.items() <= saved["identity"].items()
+    if saved["arguments"]["base_bits"] or not same or not file.is_file():
+        return {}
+    return {name: task["right"] for name, task in files.read_json(file).items() if "right" in task}
 
 
 def results_json(before: Mapping[str, Judgement], after: Mapping[str, Judgement],

@@ -231,16 +231,6 @@ def other_tasks(run: Path, inputs: Inputs) -> str:
         for identity in (inputs.identity, saved_config(run)["identity"])))
 
 
-def read_after(run: Path, inputs: Inputs) -> dict[str, list[int]]:
-    """Whether the trained model answers each test line rightly, by task, as after.json of a run
-    says it; of no task if these are not the model and the lines of the run."""
-    saved, file = saved_config(run), run / "after.json"
-    same = inputs.identity.items() <= saved["identity"].items()
-    if saved["arguments"].get("base_bits") or not same or not file.is_file():
-        return {}
-    return {name: task["right"] for name, task in files.read_json(file).items() if "right" in task}
-
-
 def next_commands(run: Path, config: RunConfig) -> str:
     """Commands to type next."""
     commands = ["Next:", f"  {command('export')} {shlex.quote(str(run))}"]

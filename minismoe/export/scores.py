@@ -42,19 +42,19 @@ def scored(source: Source, config: ExportConfig, name: str, measure: Callable[[T
     """
     tasks = [task for task in source.tasks if config.task in (None, task.name)]
     first = max((len(task.test) for task in tasks), default=0) if config.limit_test else FIRST
-    scores = measured(source, config, tasks, slice(first), name, measure)
+    scores = scores_of_lines(source, config, tasks, slice(first), name, measure)
     sizes = {task.name: -(-len(task.test) // first) for task in tasks if task.test}
     if any(losses({task: {step: counted(of.right * sizes[task]) for step, of in row.items()}
                    for task, row in scores.items()})):
-        for task, row in measured(
+        for task, row in scores_of_lines(
                 source, config, tasks, slice(first, None), name, measure).items():
             scores[task] = {step: counted(of.right + row[step].right)
                             for step, of in scores[task].items()}
     return scores
 
 
-def measured(source: Source, config: ExportConfig, tasks: Sequence[Task], lines: slice, name: str,
-             measure: Callable[[Task], Accuracy]) -> Scores:
+def scores_of_lines(source: Source, config: ExportConfig, tasks: Sequence[Task], lines: slice,
+                    name: str, measure: Callable[[Task], Accuracy]) -> Scores:
     """What `scored` returns, for some of each task's test lines."""
     found = Scores()
     for task in (replace(task, test=task.test[lines]) for task in tasks):

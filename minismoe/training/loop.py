@@ -31,13 +31,7 @@ from .copies import Copies
 from .distributed import rank0_only
 from .evaluate import Fitting, evaluating, supervised, token_scores
 from .resume import TrainingState, first_state, save_checkpoint
-from .schedule import (
-    default_epochs,
-    default_lr,
-    default_prompt_loss_weight,
-    default_smoothing,
-    learning_rate,
-)
+from .schedule import defaults, learning_rate
 
 MEASURES = 10                 # of validation lines in a run
 ENOUGH = 50                   # validation lines with short answers that can tell steps apart
@@ -90,10 +84,7 @@ def with_defaults(cfg: TrainConfig, model: CausalLM, examples: Sequence[Example]
     ValueError for a model without experts."""
     if not expert_layers(model):
         raise ValueError("the model has no experts to train: call add_experts first")
-    numbers: dict[str, Any] = {"lr": default_lr(model), "epochs": default_epochs(examples),
-                               "prompt_loss_weight": default_prompt_loss_weight(model),
-                               "label_smoothing": default_smoothing(model, examples)}
-    return replace(cfg, **{name: number for name, number in numbers.items()
+    return replace(cfg, **{name: number for name, number in defaults(model, examples).items()
                            if getattr(cfg, name) is None})
 
 
@@ -244,14 +235,17 @@ class Trainer:
                 self.optimizer.state[parameter][key] = tensor
         return state
 
-    def seconds_of(self, batches: Sequence[Sequence[Example]]) -> float:
-        """About how long these steps take, by the time of the gradients of a usual one."""
-        if not batches:
-            return 0
-        sizes = [sum(len(e.ids) for e in batch) for batch in batches]
-        usual, begun = batches[sizes.index(median_low(sizes))], time.perf_counter()
-        self.fitting(partial(self.gradients, usual)).tolist()            # waits for the device
-        return (time.perf_counter() - begun) * sum(sizes) / median_low(sizes)
+    def announce(self, batches: Sequence[Sequence[Example]], first: int) -> None:
+        """Print how many steps and passes a run has, and about how long its steps take from the
+        `first` on, by the time of the gradients of a usual one."""
+        sizes = [sum(len(e.ids) for e in batch) for batch in batches[first:]]
+        seconds = 0.0
+        if sizes:
+            usual, begun = batches[first + sizes.index(median_low(sizes))], time.perf_counter()
+            self.fitting(partial(self.gradients, usual)).tolist()        # waits for the device
+            seconds = (time.perf_counter() - begun) * sum(sizes) / median_low(sizes)
+        rank0_only(print, f"training: {len(batches)} steps of {self.cfg.batch_size} lines, "
+                   f"{self.cfg.epochs} passes over all: about {duration(seconds)}")
 
     def finish(self) -> None:
         """Put the best experts in place, if they are kept, and drop gradients."""
@@ -276,10 +270,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     state = trainer.begin(run, batches, resume, continued)
     steps, first = len(batches), state["step"]
     every = math.ceil(steps / MEASURES)
-    seconds = trainer.seconds_of(batches[first:])
-    rank0_only(print, f"training: {steps} steps of {cfg.batch_size} lines, "
-               f"{steps * cfg.batch_size // max(1, len(examples))} passes over all: about "
-               f"{duration(seconds)}")
+    trainer.announce(batches, first)
     compilation = compiled.compiled_layers(model, lambda: trainer.fitting(partial(
         trainer.gradients, batches[0]))) if compiling else nullcontext()
     with (compilation, (run / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as metrics,

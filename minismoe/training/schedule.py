@@ -4,6 +4,7 @@ base's weights, and its course), and what keeps it from knowing few lines by hea
 import math
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 from torch import nn
 
@@ -65,6 +66,13 @@ def default_smoothing(model: nn.Module, examples: Sequence[Example]) -> float:
 
 def is_mixture(model: nn.Module) -> bool:
     return any(layer.experts > 1 for layer in expert_layers(model).values())
+
+
+def defaults(model: nn.Module, examples: Sequence[Example]) -> dict[str, Any]:
+    """These numbers, by their names in TrainConfig."""
+    return {"lr": default_lr(model), "epochs": default_epochs(examples),
+            "prompt_loss_weight": default_prompt_loss_weight(model),
+            "label_smoothing": default_smoothing(model, examples)}
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
