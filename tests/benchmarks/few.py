@@ -77,7 +77,7 @@ def run(cell: Cell, model: str, data: Path, ship: bool, keep: Path | None) -> di
             "exact": {name: task["after"] for name, task in results["tasks"].items()},
             "loss": {name: task["loss"]["after"] for name, task in results["tasks"].items()}}
         if ship:
-            script("export.py", f"{work}/run", "--out", f"{work}/out")
+            script("export.py", f"{work}/run", "--limit-test", "100000", "--out", f"{work}/out")
             (checked,) = read_json(Path(work) / "out" / "export.json")["checked"].values()
             line["shipped"] = {name: [*steps.values()][-1]       # trained, and what ships
                                for name, steps in checked["exact_match"].items()}
