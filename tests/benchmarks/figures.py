@@ -220,10 +220,10 @@ def lines_needed(means: Mapping[tuple[str, str, int, str], Mapping[str, Any]]) -
     """Exact match over the number of training lines, a panel for each task: of trained models, of
     the exports (dots), and of the peers."""
     top, height, width, parts = 62.0, 210.0, 225.0, Parts()
-    low, high = 0.3, 1.0
+    low, high = 0.1, 1.0
     for left, task in ((52.0, "trec"), (325.0, "clinc"), (598.0, "banking77")):
         parts.append(text(left, 30, task, size=15, bold=True))
-        for share in (0.4, 0.6, 0.8, 1.0):
+        for share in (0.2, 0.4, 0.6, 0.8, 1.0):
             y = top + height * (high - share) / (high - low)
             parts += [line(f"M{left} {y:.1f}h{width}", LINE, 1),
                       text(left - 7, y + 4, f"{100 * share:.0f}", anchor="end", size=12,
@@ -241,10 +241,12 @@ def lines_needed(means: Mapping[tuple[str, str, int, str], Mapping[str, Any]]) -
             if found:
                 path = "L".join(at(lines, mean["exact"]) for lines, mean in found)
                 parts.append(line("M" + path, color, wide))
+                parts += [dot(*map(float, at(lines, mean["exact"]).split()), wide, color)
+                          for lines, mean in found]
             parts += [dot(*map(float, at(lines, mean["shipped"]).split()), 3.5, "#fff", color)
                       for lines, mean in found if "shipped" in mean]
     y = top + height + 44
-    for x, (base, (color, wide)) in zip((52.0, 225.0, 385.0, 625.0), CURVES.items()):
+    for x, (base, (color, wide)) in zip((52.0, 195.0, 325.0, 622.0), CURVES.items()):
         parts += [line(f"M{x} {y - 4}h14", color, wide), text(x + 20, y, base + (
             "" if wide > 2 else " + logistic regression"), size=12)]
     parts.append(text(52, y + 20, "exact match in % on test lines, over lines of training, mean of "
