@@ -65,9 +65,10 @@ def freeze_and_round(parts: Sequence[Part], model: CausalLM, batches: Batches, f
                    for part in parts for storage in part.config.form.options_of(name))
 
     to_fit = any(routed(linears[name]) for of_task in fits.values() for name in of_task)
-    texts = Calibration(model, batches if to_fit or any(map(in_4_bits, (*linears, head))) else {})
+    to_round = any(map(in_4_bits, (*linears, head)))
+    texts = Calibration(model, batches if to_fit or to_round else {})
     with measuring(model):
-        if any(map(in_4_bits, (*linears, head))):
+        if to_round:
             texts.weigh()
         for number in progress_bar(range(len(model.model.layers)), "freeze and round",
                                    unit="layer"):
