@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from mixture import batch, model_of
+from tiny import FAMILIES, SIZES
 from torch import Tensor
 
 from minismoe.export.calibration import EVEN, Calibration, State
@@ -14,6 +15,7 @@ from minismoe.export.gptq import factor
 from minismoe.export.layers import HEAD
 from minismoe.method.experts import linear_layers
 from minismoe.method.loss import IGNORE
+from minismoe.model.decoder import CausalLM, Config
 
 SHARED = 2                               # tokens that all texts begin with
 ANSWERS = ((0, 2), (1, 2), (1, 4), (5, 3), (6, 2))       # texts, and places of tokens in them
@@ -86,3 +88,13 @@ def test_texts_without_answers_count_as_often_as_they_are_there() -> None:
     rows = x * calibration.times.sqrt()[:, None]
     assert x is not None and not calibration.weights
     torch.testing.assert_close(calibration.factor(names, x), factor(rows))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_layer_of_a_family_has_weights(family: str) -> None:
+    kind, changes = FAMILIES[family]
+    model = CausalLM(Config.from_dict(SIZES | {"model_type": kind} | changes)).eval()
+    calibration = Calibration(model.requires_grad_(False), {"a": [texts_of("right")]})
+    calibration.weigh()
+    assert calibration.weights.keys() == {HEAD, *linear_layers(model)}
+    assert all(w.isfinite().all() and w.sum() > 0 for w in calibration.weights.values())
