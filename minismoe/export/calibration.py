@@ -88,7 +88,8 @@ class State:
         self.tokens.read = None                                  # all rows are read
         places = torch.arange(len(ids))[:, None] * ids.shape[1] + numbers - 1
         answers = [places[supervised_tokens(mask, each)[0]] for each in labels]
-        self.answers = self.tokens.sources[torch.cat(answers or [places[:0, 0]])]    # (S,)
+        at = torch.cat(answers or [places[:0, 0]]).to(self.tokens.sources.device)
+        self.answers = self.tokens.sources[at]                   # (S,)
         self.x, self.ropes = model.model.embed(self.tokens)
 
     def run(self, layer: nn.Module, rope: str) -> None:

@@ -38,7 +38,7 @@ COUNT = [(line[0]["content"], line[1]["content"]) for line in toy.tasks()[1].tra
     (COUNT, ("--epochs", 4, "--lr", 0.5), r"ended at \S+: try --lr 3.5e-03, the default"),
     (COUNT, ("--epochs", 4, "--lr", 1e-4), r"ended at \S+: try --lr 3.5e-03, the default"),
     ([(q, "yes") for q, _ in COUNT], ("--epochs", 2), ""),
-    ([*COUNT[:9], *((q, "no") for q, _ in COUNT[:9])], ("--epochs", 12),
+    ([*COUNT[:9], *((q, "no") for q, _ in COUNT[:9])], ("--epochs", 28),
      "training lines ask the same and answer differently, and no training learns both: remove"),
     (COUNT[:2], ("--epochs", 40), ""),
     pytest.param(COUNT, (), "", marks=pytest.mark.slow)])
