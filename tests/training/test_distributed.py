@@ -166,7 +166,7 @@ def test_if_one_process_is_interrupted_both_stop_after_that_step(inputs, one, tm
     processes = by_hand(2, struck(tmp_path, 1, signal.SIGINT), *inputs, *FLAGS, "--out", str(run))
     ends = [p.communicate(timeout=100)[1] for p in processes]
     assert [p.returncode for p in processes] == [130, 130]
-    assert "saved after step 10 of 16" in ends[0] and "saved" not in ends[1]
+    assert "saved after step 10 of 18" in ends[0] and "saved" not in ends[1]
     train.main(["--resume", "--out", str(run)])
     assert far(one, run) < 1e-5
 
