@@ -257,8 +257,7 @@ class Trainer:
 def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: Path, pad_id: int,
           resume: bool = False, valid: Sequence[Example] = (), continued: bool = False,
           ) -> dict[str, float]:
-    """Train the experts of `model` in place; returns steps, tokens, seconds, the last loss and the
-    step that is kept.
+    """Train the experts of `model` in place; returns steps, tokens, seconds, last loss, kept step.
 
     Writes run/checkpoints and run/metrics.jsonl. Experts that were trained before (continued) are
     measured first, as they may be the best. Raises Interrupted after a signal, once the step is
@@ -268,8 +267,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     compiling = compiled.wanted(model, cfg.compile, len(batches))
     trainer = Trainer(model, cfg, pad_id, compiling, valid)
     state = trainer.begin(run, batches, resume, continued)
-    steps, first = len(batches), state["step"]
-    every = math.ceil(steps / MEASURES)
+    steps, first, every = len(batches), state["step"], math.ceil(len(batches) / MEASURES)
     trainer.announce(batches, first)
     compilation = compiled.compiled_layers(model, lambda: trainer.fitting(partial(
         trainer.gradients, batches[0]))) if compiling else nullcontext()
@@ -286,9 +284,8 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             line = trainer.step(step, batches[step], lr)
             if valid and (done % every == 0 or done == steps):
                 line |= trainer.validate(done, state)
-                note = f", validation {line['valid_loss']:.3f}"
-                if trainer.by_answers:
-                    note += f", {line['valid_right']} of {len(valid)} right"
+                right = f", {line['valid_right']} of {len(valid)} right" * trainer.by_answers
+                note = f", validation {line['valid_loss']:.3f}{right}"
             rank0_only(metrics.write, json.dumps(line) + "\n")
             metrics.flush()
             state |= {"step": done, "tokens": state["tokens"] + line["tokens"],
