@@ -75,8 +75,8 @@ def contract(folder: Path, name: str, target: str, stops: Sequence[int]) -> dict
             BYTES[x["type"]] * x["shape"][1] * x["shape"][3] for x in keys),
         "state_bytes": sum(BYTES[x["type"]] * prod(x["shape"][1:]) for x in states),
         "stop_ids": [*stops],
-        **({"embed": _graph(folder, "embed.onnx"), "cpu_session": dict(EXACT),
-            "prompt": _graph(folder, "prompt.onnx")} if npu else {})}
+        **({"embed_graph": _graph(folder, "embed.onnx"), "cpu_session": dict(EXACT),
+            "prompt_graph": _graph(folder, "prompt.onnx")} if npu else {})}
 
 
 def _graph(folder: Path, name: str) -> dict[str, Any]:

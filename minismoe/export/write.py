@@ -84,7 +84,7 @@ def write(part: Part, source: Source, folder: Path) -> dict[str, Any]:
     if config.graph:
         graph["contract"]["golden"] = golden(Generator(folder), verify.rounding_explains(config))
         with suppress(*() if config.port else (ValueError,)):    # some templates cannot be split
-            graph["contract"]["prompt"] = graph["contract"].get("prompt", {}) | prompt(source)
+            graph["contract"]["prompt"] = prompt(source)
     if config.port:
         write_port(folder, graph, source.tokenizer)
     return info | graph | {"checked": checked,

@@ -100,7 +100,7 @@ def replay_on_slots(folder: Path) -> None:
     for name, setting in said["cpu_session"].items():
         options.add_session_config_entry(name, setting)
     embed, prompt, one = (ort.InferenceSession(folder / name, options) for name in (
-        said["embed"]["graph"], said["prompt"]["graph"], said["graph"]))
+        said["embed_graph"]["graph"], said["prompt_graph"]["graph"], said["graph"]))
     past = {i["name"]: np.zeros(i["shape"], np.float16) for i in said["inputs"]
             if i["name"].startswith("past_key_values.")}
     slots, filled = next(iter(past.values())).shape[2], 0
@@ -121,7 +121,7 @@ def replay_on_slots(folder: Path) -> None:
         filled += len(new)
         return outputs["logits"][0, -1]
 
-    golden, most = said["golden"], said["prompt"]["inputs"][0]["shape"][1]
+    golden, most = said["golden"], said["prompt_graph"]["inputs"][0]["shape"][1]
     ids, tokens, wanted = golden["input_ids"], [], golden["logits"]
     for start in range(0, len(ids), most):
         logits = run(ids[start:start + most])
