@@ -12,15 +12,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from minismoe.cli import flags, probing, script
 from minismoe.cli.inputs import load_inputs, print_examples, resolve_auto
 from minismoe.io.drawing import allocation_svg, terminal_heatmap
 from minismoe.io.files import must_be_writable, replacing, write_json
 from minismoe.io.flags import from_flags, new_parser, text
 from minismoe.io.text import clean
-from minismoe.training import distributed
 
 
 def main(argv: Sequence[str]) -> None:
@@ -37,7 +34,6 @@ def main(argv: Sequence[str]) -> None:
     if allocating.fixed:
         parser.error(f"{args.allocation} is an allocation already: nothing is left to probe")
     config = resolve_auto(from_flags(flags.InputConfig, vars(args)))
-    distributed.join_others(torch.device(config.device))
     if config.show:
         print_examples(config, config.show)
         return
@@ -54,8 +50,6 @@ def main(argv: Sequence[str]) -> None:
     probing.known_allocation(allocating, inputs)                     # finds flags that are wrong
     with script.working_in(run, f"{script.command('probe')} {shlex.join(argv)}"):
         scores = probing.measure(allocating, inputs)
-        if distributed.rank():
-            return
         for name in ("allocation.json", "allocation.svg"):
             (run / name).unlink(missing_ok=True)         # of an earlier probe, with other scores
         write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))

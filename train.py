@@ -31,9 +31,7 @@ from minismoe.method.experts import add_experts
 from minismoe.method.sensitivity import Scores
 from minismoe.model.checkpoint import load_adapter, save_adapter
 from minismoe.model.decoder import CausalLM, meta_model
-from minismoe.training import distributed
 from minismoe.training.copies import multiplying_copies
-from minismoe.training.distributed import print0, rank0_only
 from minismoe.training.evaluate import evaluating
 from minismoe.training.judge import SHOWN, Judgement, judge
 from minismoe.training.loop import TrainConfig, train, with_defaults
@@ -50,7 +48,6 @@ def main(argv: Sequence[str]) -> None:
         print(f"nothing is missing: {config.out} holds its results")
         return
     config = replace(config, inputs=resolve_auto(config.inputs))
-    distributed.join_others(torch.device(config.inputs.device))
     if config.inputs.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")   # TF32, where products are not in bfloat16
     if config.inputs.show:
@@ -68,22 +65,21 @@ def main(argv: Sequence[str]) -> None:
     # Probe and allocate, unless the flags, or the run that goes on, name the allocation.
     seconds = dict[str, float]()
     allocation, scores = give_experts(config, inputs, seconds)
-    print0(probing.allocation_heatmap(inputs.model, allocation))
+    print(probing.allocation_heatmap(inputs.model, allocation))
     training = with_defaults(config.training, inputs.model, [*chain(*inputs.encoded.values())])
     if config.training.lr is None:
-        print0(f"learning rate: {training.lr}, by the size of the base's weights")
+        print(f"learning rate: {training.lr}, by the size of the base's weights")
     config = replace(config, training=training)
 
     # From here on the folder is a run, which --resume continues.
     with runs.run_folder(config) as run:
         runs.write_config(run, config, inputs, allocation)
         if scores is not None:
-            rank0_only(write_json, run / "sensitivity.json", scores.to_json(inputs.model.name))
-        rank0_only(write_json, run / "allocation.json", allocation.to_json())
+            write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
+        write_json(run / "allocation.json", allocation.to_json())
         train_and_evaluate(run, config, inputs, allocation, seconds)
-    if not distributed.rank():
-        print(f"{time.perf_counter() - begun:.0f} s in all; everything is in {clean(run)}\n"
-              + runs.next_commands(run, config))
+    print(f"{time.perf_counter() - begun:.0f} s in all; everything is in {clean(run)}\n"
+          + runs.next_commands(run, config))
 
 
 def give_experts(config: flags.RunConfig, inputs: Inputs, seconds: dict[str, float],
@@ -96,13 +92,13 @@ def give_experts(config: flags.RunConfig, inputs: Inputs, seconds: dict[str, flo
     allocation = probing.known_allocation(allocating, inputs)
     if allocation is None:
         now = time.perf_counter()
-        scores = probing.measure(allocating, inputs, min(
-            probing.PROBE_BATCH, distributed.per_process(config.training.micro)))
+        scores = probing.measure(allocating, inputs,
+                                 min(probing.PROBE_BATCH, config.training.micro))
         allocation = probing.choose(allocating, scores)
         seconds["probe"] = round(time.perf_counter() - now, 2)
     elif len(inputs.encoded) == 1 and allocation.strategy == "lora":
-        print0(f"one task: a plain LoRA of rank {allocation.rank}, without a probe; several tasks "
-               "share experts by votes")
+        print(f"one task: a plain LoRA of rank {allocation.rank}, without a probe; several tasks "
+              "share experts by votes")
     torch.manual_seed(config.inputs.seed)    # the same experts whatever was drawn before
     add_experts(inputs.model, allocation)
     return allocation, scores
@@ -113,43 +109,40 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
     """Evaluate, train, evaluate again, save; what `run` holds already is not done again."""
     trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
     base = sum(p.numel() for p in meta_model(inputs.model.config).parameters())
-    print0(f"{allocation}, {trainable:,} trainable parameters, {trainable / base:.1%} of the "
-           "base's")
+    print(f"{allocation}, {trainable:,} trainable parameters, {trainable / base:.1%} of the "
+          "base's")
     if 1 < max(allocation.experts.values()) <= allocation.top_k:
-        print0(f"no matrix has more than {allocation.top_k} experts, and {allocation.top_k} are "
-               "active for each token: so all always are, and routers need no balance loss")
+        print(f"no matrix has more than {allocation.top_k} experts, and {allocation.top_k} are "
+              "active for each token: so all always are, and routers need no balance loss")
 
     # Evaluate the base. B starts at 0, so that the experts change no answer yet.
     before = None
-    if not distributed.gather((run / "before.json").exists())[0]:
+    if not (run / "before.json").exists():
         before = score(inputs, "before", config)
-        rank0_only(write_json, run / "before.json", before)
-    if not distributed.rank():
-        known = results.read_before(run / "before.json", inputs.encoded)
+        write_json(run / "before.json", before)
+    known = results.read_before(run / "before.json", inputs.encoded)
 
     # Train.
     examples, valid = ([*chain(*split.values())] for split in (inputs.encoded, inputs.valid))
     if config.training.patience and not valid:
-        print0("there is no validation line, so --patience ends nothing")
+        print("there is no validation line, so --patience ends nothing")
     summary = train(inputs.model, examples, config.training, run, inputs.tokenizer.pad_id,
                     config.resume, valid, bool(config.init))
     seconds["train"] = round(summary["seconds"], 2)
     if summary["step"]:
-        rank0_only(results.draw_losses, run, summary["kept"])
+        results.draw_losses(run, int(summary["kept"]))
     names = [task.name for task in inputs.tasks]
-    rank0_only(save_adapter, inputs.model, run / "adapter", allocation, names)
+    save_adapter(inputs.model, run / "adapter", allocation, names)
 
     # Evaluate again, and save what came out.
     after = score(inputs, "after", config) if summary["step"] or before is None else before
-    if not distributed.rank():
-        results.save_results(run, known, after, {
-            "trainable_parameters": trainable, "experts": sum(allocation.experts.values()),
-            "seconds": seconds})
-        if summary["step"]:
-            print(f"{summary['step']} steps, "
-                  f"{summary['tokens'] / summary['seconds']:.0f} tokens/s")
-            if words := what_next(run, config.training, inputs.model, examples, summary["kept"]):
-                print(words)
+    results.save_results(run, known, after, {
+        "trainable_parameters": trainable, "experts": sum(allocation.experts.values()),
+        "seconds": seconds})
+    if summary["step"]:
+        print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s")
+        if words := what_next(run, config.training, inputs.model, examples, summary["kept"]):
+            print(words)
 
 
 def what_next(run: Path, cfg: TrainConfig, model: CausalLM, examples: Sequence[Example],
@@ -178,7 +171,7 @@ def score(inputs: Inputs, when: str, config: flags.RunConfig) -> dict[str, Judge
     judgements, fitting = {}, evaluating(config.training.micro)
     with multiplying_copies(inputs.model), progress_bar(
             total=sum(len(asked.lines) for asked in inputs.asked.values()), unit="line",
-            desc=f"evaluate {when}", disable=distributed.rank() > 0) as bar:
+            desc=f"evaluate {when}") as bar:
         for i, (name, asked) in enumerate(inputs.asked.items()):
             exact = config.inputs.limit_test != 0 and (
                 config.exact_match == "on" or config.exact_match == "auto"

@@ -215,7 +215,7 @@ def test_training_equals_the_package(base: Path, tmp_path: Path) -> None:
     model, ours, tasks = both(base)
     start_alike(model, ours, some_experts(model))
     samples = {(task, i): s for task in tasks for i, s in enumerate(tasks[task])}
-    cfg = TrainConfig(epochs=2, lr=4e-3, compile="off")
+    cfg = TrainConfig(epochs=2, lr=4e-3)
     examples = [example(task, s, i) for (task, i), s in samples.items()]
     batches = [[samples[e.task, e.index] for e in batch] for batch in schedule(examples, cfg)]
     train(ours, examples, cfg, tmp_path, 258)

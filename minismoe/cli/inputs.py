@@ -28,8 +28,6 @@ from ..io.text import clean, in_colour, table
 from ..method.loss import IGNORE
 from ..model.checkpoint import load_model, read_config
 from ..model.decoder import CausalLM, meta_model
-from ..training import distributed
-from ..training.distributed import print0
 from ..training.evaluate import Questions, questions
 from .flags import InputConfig
 
@@ -164,17 +162,16 @@ def read_tasks(config: InputConfig) -> list[Task]:
 
 
 def model_folder(config: InputConfig) -> Path:
-    """The folder of the model, which one process fetches if it is on the hub."""
-    with distributed.one_first():
-        return toy.FOLDER if config.model is None else resolve(config.model)
+    """The folder of the model, which is fetched if it is on the hub."""
+    return toy.FOLDER if config.model is None else resolve(config.model)
 
 
 def load_base(config: InputConfig, folder: Path) -> CausalLM:
     """The model on its device; with a dtype that torch has not, its weights are as stored."""
     device = torch.device(config.device)
     if (device.type, config.dtype) == ("cpu", "bfloat16") and not _multiplies_bfloat16(device):
-        print0("--dtype bfloat16: this CPU has no instructions that multiply bfloat16, so a step "
-               "takes several times as long as with --dtype float32")
+        print("--dtype bfloat16: this CPU has no instructions that multiply bfloat16, so a step "
+              "takes several times as long as with --dtype float32")
     model = load_model(folder, getattr(torch, config.dtype, None), config.device, config.base_bits)
     model.name = config.model or "the built-in toy"
     return model
@@ -183,8 +180,8 @@ def load_base(config: InputConfig, folder: Path) -> CausalLM:
 def print_model(model: CausalLM, config: InputConfig) -> None:
     size = sum(p.numel() for p in meta_model(model.config).parameters())
     bits = f", linear layers in {model.base_bits} bits" if model.base_bits else ""
-    print0(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {config.device}, "
-           f"{config.dtype}{bits}")
+    print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {config.device}, "
+          f"{config.dtype}{bits}")
 
 
 def print_data(tokenizer: Tokenizer, tasks: Sequence[Task],
@@ -199,18 +196,18 @@ def print_data(tokenizer: Tokenizer, tasks: Sequence[Task],
                      f"{fmean(lengths):.0f}", max(lengths),
                      f"{fmean(e.supervised for e in examples):.1f}",
                      left_out + sum(e.cut for e in examples), left_out])
-    print0(table(["task", "train", "valid", "test", "tokens", "longest", "supervised", "cut",
-                  "left out"], rows))
+    print(table(["task", "train", "valid", "test", "tokens", "longest", "supervised", "cut",
+                 "left out"], rows))
     for task in tasks:
         notes = task.notes + [
             f"{lost} {word} lines have no loss: the length limit would remove their whole answer"
             for (split, word), of_task in zip(WORDS.items(), splits)
             if (lost := len(getattr(task, split)) - len(of_task[task.name]))]
         if notes:
-            print0(f"{clean(task.name)}: {clean('; '.join(notes))}")
+            print(f"{clean(task.name)}: {clean('; '.join(notes))}")
     if tokenizer.template is None:
-        print0('chat template: the checkpoint brings none, so a turn is "User: ...", and an answer '
-               f'"Assistant: ...{clean(tokenizer.eos)}" (--show 1 prints an example)')
+        print('chat template: the checkpoint brings none, so a turn is "User: ...", and an answer '
+              f'"Assistant: ...{clean(tokenizer.eos)}" (--show 1 prints an example)')
 
 
 def print_examples(config: InputConfig, count: int) -> None:
@@ -222,8 +219,8 @@ def print_examples(config: InputConfig, count: int) -> None:
         for number, messages in enumerate(task.train[:count], 1):
             example = encode(task.name, messages, tokenizer)
             supervised = sum(label != IGNORE for label in example.labels)
-            print0(f"--- {clean(task.name)} {number}: {len(example.ids)} tokens, {supervised} "
-                   "supervised")
+            print(f"--- {clean(task.name)} {number}: {len(example.ids)} tokens, {supervised} "
+                  "supervised")
             text = tokenizer.render(messages)
             starts = [*tokenizer.encode(text)[1], len(text)]        # of each token in the text
             marked = ""
@@ -232,4 +229,4 @@ def print_examples(config: InputConfig, count: int) -> None:
                 spans = list(tokens)
                 piece = clean(text[spans[0][1]:spans[-1][2]], "\n")
                 marked += f"{mark}{piece}{end}" if is_answer else piece
-            print0(marked)
+            print(marked)

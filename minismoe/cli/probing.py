@@ -5,10 +5,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from ..data.tasks import Batch, probe_batches
+from ..data.tasks import probe_batches
 from ..export.layers import matrix
 from ..export.rounding import harm_of
 from ..io.drawing import terminal_heatmap
@@ -20,8 +19,6 @@ from ..method.allocation import FORMAT, is_whole
 from ..method.experts import linear_layers
 from ..method.sensitivity import Scores, probe, shapes_of
 from ..model.quantize import quantize
-from ..training import distributed
-from ..training.distributed import print0
 from .flags import SETTINGS, AllocationConfig
 from .inputs import Inputs
 
@@ -68,8 +65,8 @@ def without_small(allocating: AllocationConfig, inputs: Inputs) -> AllocationCon
     if allocating.fixed or allocating.target_modules or not 0 < len(small) < len(shapes):
         return allocating
     kinds = sorted({name.rpartition(".")[2] for name in small})
-    print0(f"{len(small)} matrices get no experts, as they have a side below --rank "
-           f"{allocating.rank}: {', '.join(kinds)}")
+    print(f"{len(small)} matrices get no experts, as they have a side below --rank "
+          f"{allocating.rank}: {', '.join(kinds)}")
     return replace(allocating, target_modules=",".join(shapes.keys() - small))
 
 
@@ -101,22 +98,19 @@ def with_file(allocating: AllocationConfig, file: str | Path) -> AllocationConfi
 
 
 def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATCH) -> Scores:
-    """Probe all tasks, `size` samples at once in each process, with a bar; print how far the result
-    can be trusted. Raises ArithmeticError for gradients that are not finite."""
+    """Probe all tasks, `size` samples at once, with a bar; print how far the result can be trusted.
+    Raises ArithmeticError for gradients that are not finite."""
     batches = [(name, batch) for name, e in inputs.encoded.items() for batch in probe_batches(
         random.Random(allocating.seed).sample(e, len(e)), allocating.samples, size,
         inputs.tokenizer.pad_id)]
     scores = Scores(shapes_of(inputs.model))
 
-    def norms(item: tuple[str, Batch]) -> list[list[float]]:
-        return probe(inputs.model, {item[0]: [item[1]]}).samples[item[0]].tolist()
-
     samples = sum(len(batch[0]) for _, batch in batches)
-    with progress_bar(desc="probe", unit="sample", total=samples,
-                      disable=distributed.rank() > 0) as bar:
-        for (name, _), rows in zip(batches, distributed.map_over_ranks(norms, batches)):
-            scores.add(name, torch.tensor(rows, dtype=torch.float64))
-            bar.update(len(rows))
+    with progress_bar(desc="probe", unit="sample", total=samples) as bar:
+        for name, batch in batches:
+            norms = probe(inputs.model, {name: [batch]}).samples[name]
+            scores.add(name, norms.double())
+            bar.update(len(norms))
 
     if bad := [task for task, norms in scores.samples.items() if not norms.isfinite().all()]:
         raise ArithmeticError(f"the probe of {', '.join(bad)} found gradients that are not finite: "
@@ -139,7 +133,7 @@ def print_overlap(allocating: AllocationConfig, scores: Scores) -> None:
         halves = voted(samples[::2]), voted(samples[1::2])
         overlap = len(halves[0] & halves[1]) / len(halves[0])
         rows.append([clean(task), len(samples), f"{overlap:.2f}" if len(samples) > 1 else "-"])
-    print0(table(["task", "samples probed", f"split-half overlap (by chance: {keep:.2f})"], rows))
+    print(table(["task", "samples probed", f"split-half overlap (by chance: {keep:.2f})"], rows))
 
 
 def allocation_heatmap(model: nn.Module, allocation: Allocation) -> str:

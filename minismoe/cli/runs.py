@@ -17,8 +17,6 @@ from ..io.flags import as_flags, from_flags, option, wrong_value
 from ..io.text import clean
 from ..method.allocate import Allocation
 from ..model.checkpoint import versions
-from ..training import distributed
-from ..training.distributed import print0
 from ..training.loop import TrainConfig
 from .flags import CHOOSING, AllocationConfig, InputConfig, RunConfig
 from .inputs import Inputs
@@ -58,7 +56,7 @@ def folder_of(config: RunConfig) -> Path:
     name, n = Path(config.inputs.model or "default").resolve().name, 1
     while (free := Path("runs") / f"{name}-{n}").exists():
         n += 1
-    return Path(distributed.gather(config.out or str(free))[0])
+    return Path(config.out or free)
 
 
 @contextmanager
@@ -71,7 +69,6 @@ def run_folder(config: RunConfig) -> Iterator[Path]:
     with working_in(run, f"{command('train')} --resume --out {shlex.quote(str(run))}"):
         # Again: another process may have filled it meanwhile.
         check_free(run, config.resume)
-        distributed.gather(None)             # no process writes before all have looked
         yield run
 
 
@@ -142,7 +139,7 @@ def saved_config(run: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{run} holds no run: config.json is missing. Name the folder of a "
                                 "run, or begin one without --resume")
     config = files.read_json(file)
-    form = {"arguments": dict, "identity": dict, "versions": dict, "threads": int, "processes": int}
+    form = {"arguments": dict, "identity": dict, "versions": dict, "threads": int}
     if lacks := [name for name, kind in form.items() if not isinstance(config.get(name), kind)]:
         raise ValueError(f"{file} is not of a run: it lacks {', '.join(lacks)}")
     flags = {f.name: f for kind in (RunConfig, InputConfig, AllocationConfig, TrainConfig)
@@ -190,8 +187,7 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
         "arguments": as_flags(config, config.inputs, config.allocating, config.training),
         "identity": inputs.identity | {
             "the allocation": files.sha256_of_json(allocation.to_json())[:16]},
-        "versions": versions(), "machine": platform.platform(), "threads": torch.get_num_threads(),
-        "processes": distributed.world()}
+        "versions": versions(), "machine": platform.platform(), "threads": torch.get_num_threads()}
     if config.init:
         file = Path(config.init) / "adapter" / "adapter.safetensors"
         now["identity"]["the adapter of --init"] = files.sha256(file)[:16]
@@ -200,21 +196,20 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
         if changes := differences(now["identity"], saved["identity"]):
             raise ValueError(f"{run} began with other inputs: {changes}; if they are the same, "
                              "another version of minismoe began it: train again without --resume")
-        here, there = ({**c["versions"], **{name: c["arguments"][name] for name in ROUNDING},
-                        "processes": c["processes"]} for c in (now, saved))
-        if (changes := differences(here, there)) and not distributed.rank():
+        here, there = ({**c["versions"], **{name: c["arguments"][name] for name in ROUNDING}}
+                       for c in (now, saved))
+        if changes := differences(here, there):
             print(f"the last bits may differ: {changes}", file=sys.stderr)
-        if saved["processes"] == distributed.world():
-            same_threads(saved["threads"])
+        same_threads(saved["threads"])
         saved["arguments"] |= {name: now["arguments"][name] for name in UPDATED}
         now = saved
-    distributed.rank0_only(files.write_json, run / "config.json", now)
+    files.write_json(run / "config.json", now)
 
 
 def same_threads(count: int) -> None:
     """Compute with as many threads as an earlier process did: the order of sums depends on it."""
     if count != (now := torch.get_num_threads()):
-        print0(f"threads: {count} as before, and not {now}: results stay the same to the last bit")
+        print(f"threads: {count} as before, and not {now}: results stay the same to the last bit")
         torch.set_num_threads(count)
 
 

@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from ..io.process import bound_memory
 from ..io.signals import handling, interrupt, locked
 from ..io.text import clean, open_streams, print_error
-from ..training import distributed
 
 
 def command(name: str) -> str:
@@ -29,29 +28,23 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
         with handling(interrupt):
             main(argv)
             sys.stdout.flush()           # raises here if the pipe is closed or the disk full
-        distributed.exit_together(0)
         return
     except KeyboardInterrupt as e:
-        if distributed.rank() == 0:
-            print(f"\ninterrupted{f': {clean(e)}' if str(e) else ''}", file=sys.stderr)
+        print(f"\ninterrupted{f': {clean(e)}' if str(e) else ''}", file=sys.stderr)
         code = 128 + getattr(e, "number", signal.SIGINT)
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, SafetensorError,
             ValueError) as e:
-        print_error(e, "--debug" in argv, f" (process {distributed.rank()})"
-                    if distributed.world() > 1 else "")
+        print_error(e, "--debug" in argv)
         code = 1
-    distributed.exit_together(code)
     sys.exit(code)
 
 
 @contextmanager
 def working_in(folder: Path, command: str) -> Iterator[None]:
     """Hold a folder for this run; an interruption meanwhile names the command that goes on."""
-    with locked(folder) if distributed.rank() == 0 else nullcontext():
+    with locked(folder):
         try:
             yield
-        except ConnectionError as e:
-            raise ConnectionError(f"{e}; go on, with any number of processes: {command}") from None
         except KeyboardInterrupt as e:
             if " --resume " not in command or (folder / "config.json").exists():
                 e.args = ("; ".join([*filter(None, e.args), f"go on with: {command}"]),)

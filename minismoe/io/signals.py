@@ -58,8 +58,8 @@ def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 @contextmanager
-def waiting(says: bool) -> Iterator[list[int]]:
-    """Collect signals in a list, so that a training step can end first; `says` so after Ctrl-C.
+def waiting() -> Iterator[list[int]]:
+    """Collect signals in a list, so that a training step can end first; says so after Ctrl-C.
 
     A second Ctrl-C raises Interrupted at once; other signals often come twice as a session ends.
     """
@@ -69,7 +69,7 @@ def waiting(says: bool) -> Iterator[list[int]]:
         if came and number == signal.SIGINT:
             interrupt(number)
         _hang_up(number)
-        if says and number == signal.SIGINT:             # print() may be what it interrupts
+        if number == signal.SIGINT:                      # print() may be what it interrupts
             os.write(2, b"\nending after this step; Ctrl-C again ends at once\n")
         came.append(number)
 

@@ -90,7 +90,7 @@ def open_streams() -> None:
 
 
 def print_error(e: BaseException, debug: bool = False, where: str = "") -> None:
-    """Print `error_line` on stderr, with `debug` after the traceback; `where` names a process."""
+    """Print `error_line` on stderr, with `debug` after the traceback; `where` says more."""
     with contextlib.suppress(OSError):               # stderr may be closed as well
         if debug:
             print(clean("".join(traceback.format_exception(e)), "\n"), file=sys.stderr)

@@ -16,7 +16,7 @@ active a token, R = n*E*r.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -254,14 +254,12 @@ def take_logits(layers: Mapping[str, ExpertLinear]) -> dict[str, tuple[Tensor, i
     return taken
 
 
-def balance_loss(routing: Mapping[str, tuple[Tensor, int]], weights: Tensor,
-                 total: Callable[[Tensor], Tensor] = lambda counts: counts) -> Tensor:
+def balance_loss(routing: Mapping[str, tuple[Tensor, int]], weights: Tensor) -> Tensor:
     """Mean `reference.balance_loss` over the matrices that choose among their experts: it is always
     1 where all are active.
 
     routing: as `take_logits` gives it. weights (N,): how often a row counts: in how many sequences
-    it occurs, 0 for padding. If processes hold parts of a batch, `total` sums counts over them;
-    then the losses and gradients of processes add up to the batch's.
+    it occurs, 0 for padding.
     """
     same_sizes = defaultdict[tuple[int, int], list[Tensor]](list)    # together: few kernels
     for logits, k in routing.values():
@@ -271,7 +269,7 @@ def balance_loss(routing: Mapping[str, tuple[Tensor, int]], weights: Tensor,
         logits = torch.stack(of_matrices)                            # (matrices, N, E)
         p, times = logits.softmax(-1), weights.to(logits.dtype)
         chosen = torch.zeros_like(p).scatter_(-1, logits.topk(k, -1).indices, 1 / k)
-        used = total(times @ chosen)     # (matrices, E): how many tokens each expert gets
+        used = times @ chosen            # (matrices, E): how many tokens each expert gets
         tokens = used.sum(-1, keepdim=True)
         losses.append(E * (used / tokens * (times @ p) / tokens).sum(-1))
     return torch.cat(losses).mean() if losses else torch.zeros((), device=weights.device)

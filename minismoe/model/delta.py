@@ -20,7 +20,6 @@ size.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,55 +34,18 @@ CHUNK = 64             # tokens
 EPS = 1e-6             # of the norms of queries and keys
 
 
-@torch.library.custom_op("minismoe::memories", mutates_args=())
 def memories(keys: Tensor, reads: Tensor, values: Tensor, fade: Tensor, start: Tensor) -> Tensor:
     """S before each chunk and after the last, (n + 1, B, H, K, V), of S <- fade S + keys^T new with
     new = values - reads S.
 
     keys and reads (n, B, H, L, K), values (n, B, H, L, V), fade (n, B, H, 1, 1), start
-    (B, H, K, V). One operator for torch.compile, which would trace the loop anew for each n.
+    (B, H, K, V).
     """
-    states = start.new_empty(len(keys) + 1, *start.shape)
-    states[0] = start
-    for i, S in enumerate(states[:-1]):
-        torch.add(fade[i] * S, keys[i].mT @ (values[i] - reads[i] @ S), out=states[i + 1])
-    return states
-
-
-@torch.library.custom_op("minismoe::memories_backward", mutates_args=())
-def memories_backward(keys: Tensor, reads: Tensor, fade: Tensor, gradient: Tensor) -> Tensor:
-    """The gradients of S before each chunk and after the last, all later chunks included."""
-    total = gradient.clone()
-    for i in range(len(keys) - 1, -1, -1):
-        after = total[i + 1]
-        total[i] += fade[i] * after - reads[i].mT @ (keys[i] @ after)
-    return total
-
-
-@memories.register_fake
-def _(keys: Tensor, reads: Tensor, values: Tensor, fade: Tensor, start: Tensor) -> Tensor:
-    return start.new_empty(keys.shape[0] + 1, *start.shape)
-
-
-@memories_backward.register_fake
-def _(keys: Tensor, reads: Tensor, fade: Tensor, gradient: Tensor) -> Tensor:
-    return torch.empty_like(gradient)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4], output)
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-    keys, reads, values, fade, S = ctx.saved_tensors
-    d = memories_backward(keys, reads, fade, gradient)
-    S, after = S[:-1], d[1:]
-    d_new = keys @ after
-    return ((values - reads @ S) @ after.mT, -d_new @ S.mT, d_new,
-            (S * after).sum((-1, -2), keepdim=True), d[0])
-
-
-memories.register_autograd(_backward, setup_context=_save)
+    states = [start]
+    for i in range(len(keys)):
+        S = states[-1]
+        states.append(fade[i] * S + keys[i].mT @ (values[i] - reads[i] @ S))
+    return torch.stack(states)
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, start: Tensor,

@@ -12,8 +12,6 @@ for a group of layers:
 """
 
 import math
-import re
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -46,33 +44,21 @@ class Group(NamedTuple):
 
 
 class Copies:
-    """Copies of the experts of `model`.
+    """Copies of the experts of `model`."""
 
-    same_shapes: pad the copies to equal shapes in all decoder layers, so that a compiler makes one
-    graph for all layers.
-    """
-
-    def __init__(self, model: nn.Module, same_shapes: bool = False):
+    def __init__(self, model: nn.Module):
         self.layers, self.groups = expert_layers(model), list[Group]()
         self.scaling = next((m.scaling for m in self.layers.values()), 1.0)      # the same in all
         self.zeros = torch.zeros(0)                              # to fill the widest empty slots
-        names = {layer: name for name, layer in self.layers.items()}
-        alike = defaultdict[str, list[list[ExpertLinear]]](list)         # groups of equal shapes
         for layers in groups(model):
-            name = names[layers[0]]
-            alike[re.sub(r"\d+", "*", name) if same_shapes else name].append(layers)
-        for of_shape in alike.values():
-            every = [layer for layers in of_shape for layer in layers]
-            E, r, k = (max(getattr(layer, size) for layer in every)
+            E, r, k = (max(getattr(layer, size) for layer in layers)
                        for size in ("experts", "rank", "top_k"))
-            some_lack = any(layer.experts < E for layer in every)
-            for layers in of_shape:
-                counts = torch.tensor([[layer.experts] for layer in layers])
-                empty = torch.where(torch.arange(E) < counts, 0.0, -math.inf).flatten()
-                self.groups.append(Group(layers, E, r, k, empty.to(layers[0].lora_A)
-                                         if some_lack else None))
-            widest = max(max(layer.in_features, layer.out_features) for layer in every)
-            self.zeros = every[0].lora_A.new_zeros(max(len(self.zeros), E * r * widest))
+            counts = torch.tensor([[layer.experts] for layer in layers])
+            empty = torch.where(torch.arange(E) < counts, 0.0, -math.inf).flatten()
+            self.groups.append(Group(layers, E, r, k, empty.to(layers[0].lora_A)
+                                     if counts.min() < E else None))
+            widest = max(max(layer.in_features, layer.out_features) for layer in layers)
+            self.zeros = layers[0].lora_A.new_zeros(max(len(self.zeros), E * r * widest))
 
     @contextmanager
     def multiplying(self) -> Iterator[None]:

@@ -19,9 +19,7 @@ from ..io.text import out_of_memory
 from ..method.loss import head_scores, supervised_tokens
 from ..model.decoder import CausalLM
 from ..model.tokens import Cache, Tokens, to_device_together
-from .compiled import uncompiled
 from .copies import multiplying_copies
-from .distributed import map_over_ranks, per_process, world
 
 Result = TypeVar("Result")
 
@@ -38,8 +36,8 @@ class Fitting:
             try:
                 return run(self.size)
             except (MemoryError, RuntimeError) as e:
-                if not out_of_memory(e) or self.size == 1 or world() > 1:
-                    raise                    # other processes wait in the middle of an exchange
+                if not out_of_memory(e) or self.size == 1:
+                    raise
             self.size //= 2
             print_above_bar(f"out of memory, so from now on {self.work} takes {self.size} examples "
                             "at a time")
@@ -49,8 +47,8 @@ class Fitting:
 
 def evaluating(micro: int) -> Fitting:
     """For evaluation, which keeps nothing for a backward pass: more fit at once than the `micro`
-    that all processes together train on."""
-    return Fitting(min(32, 4 * per_process(micro)), "evaluation")
+    examples of training."""
+    return Fitting(min(32, 4 * micro), "evaluation")
 
 
 def alike(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -74,11 +72,10 @@ def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: 
     limits = ([max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int)
               else max_new_tokens)
     batches, answers = alike([*map(len, prompts)], batch_size), dict[int, list[int]]()
-    with uncompiled(), multiplying_copies(model):
-        for batch, found in zip(batches, map_over_ranks(lambda batch: _generate_batch(
-                model, [prompts[n] for n in batch], [limits[n] for n in batch], stop_ids),
-                batches)):
-            answers |= zip(batch, found)
+    with multiplying_copies(model):
+        for batch in batches:
+            answers |= zip(batch, _generate_batch(
+                model, [prompts[n] for n in batch], [limits[n] for n in batch], stop_ids))
             progress(len(batch))
     return [answers[n] for n in range(len(prompts))]
 
@@ -148,8 +145,8 @@ def token_scores(model: CausalLM, examples: Sequence[Example], pad_id: int, batc
         return losses.sum().item(), int(right.sum()), len(targets), len(lines) - wrong
 
     batches = alike([len(e.ids) for e in examples], batch_size)
-    with uncompiled(), multiplying_copies(model):
-        losses, rights, counts, lines = map(sum, zip(*map_over_ranks(sums, batches)))
+    with multiplying_copies(model):
+        losses, rights, counts, lines = map(sum, zip(*map(sums, batches)))
     return TokenScores(losses / counts, rights / counts, lines)
 
 

@@ -6,7 +6,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +25,7 @@ from ..method.experts import balance_loss, expert_layers, expert_parameters, tak
 from ..method.loss import head_losses
 from ..model.decoder import CausalLM
 from ..model.tokens import to_device_together
-from . import compiled, distributed
 from .copies import Copies
-from .distributed import rank0_only
 from .evaluate import Fitting, evaluating, supervised, token_scores
 from .resume import TrainingState, first_state, save_checkpoint
 from .schedule import defaults, learning_rate
@@ -47,14 +44,10 @@ class TrainConfig:
     batch_size: int = flag(
         8, "examples per optimizer step (default: %(default)s)", flags.positive, metavar="N")
     micro_batch_size: int | None = flag(
-        None, "examples computed at once by all processes together; fewer need less memory "
-        "(default: --batch-size)", flags.positive, metavar="N")
+        None, "examples computed at once; fewer need less memory (default: --batch-size)",
+        flags.positive, metavar="N")
     recompute: bool = flag(
         False, "activation checkpointing: about a third slower, far less memory for long examples")
-    compile: str = flag(
-        "auto", "compile the decoder layers, which takes a minute, and saves the time that small "
-        "models wait for kernels to start. auto (default): on CUDA, for work long enough to pay",
-        choices=("auto", "on", "off"))
     lr: float | None = flag(None, "peak learning rate, after a warm-up; a cosine takes it to 0 "
                             "(default: it follows the size of the base's weights)", flags.number)
     checkpoint_every: int = flag(
@@ -102,18 +95,17 @@ class Trainer:
     to train.
     """
 
-    def __init__(self, model: CausalLM, cfg: TrainConfig, pad_id: int, same_shapes: bool = False,
+    def __init__(self, model: CausalLM, cfg: TrainConfig, pad_id: int,
                  valid: Sequence[Example] = ()):
         self.model, self.cfg, self.pad_id, self.valid = model, cfg, pad_id, valid
         # Of short answers, the loss rises by overconfidence while more of them become right.
         self.by_answers = are_short([e.supervised for e in valid])
         self.chooses = cfg.keep == "best" and (len(valid) >= ENOUGH or not self.by_answers)
         self.fitting, self.evaluating = Fitting(cfg.micro, "training"), evaluating(cfg.micro)
-        self.copies, self.device = Copies(model, same_shapes), model.lm_head.weight.device
+        self.copies, self.device = Copies(model), model.lm_head.weight.device
         self.parameters = {n: p for n, p in expert_parameters(model).items() if p.requires_grad}
         self.best: dict[str, Tensor] = {}
         self.prompt_weight = cfg.prompt_loss_weight or 0.0
-        distributed.exchange([*self.parameters.values()], first=True)
         # With a smaller eps, an entry whose gradient is only rounding noise would move by the full
         # rate.
         self.optimizer = torch.optim.AdamW(
@@ -125,36 +117,30 @@ class Trainer:
         Returns the sum of losses of each task, in order of name, and then the loss of prompts and
         the balance loss. Nothing waits for the device. The loss is the mean over the step's
         supervised tokens, whatever the micro-batches. The other two are statistics of each
-        micro-batch, weighted by its tokens. Several processes share each micro-batch: each has the
-        gradients, and the losses, of its part.
+        micro-batch, weighted by its tokens.
         """
         self.optimizer.zero_grad()
         take_logits(self.copies.layers)      # they hold the graph of a batch that did not fit
         sums = list[Tensor]()
         tasks, answers = sorted({e.task for e in batch}), sum(e.supervised for e in batch)
         for i in range(0, len(batch), micro):
-            part = batch[i:i + micro]
-            mine = part[distributed.rank()::distributed.world()]
-            # A process without an example computes one all the same, and counts it as 0.
-            counts = float(bool(mine))
             # Sorted rows put shared prefixes side by side.
-            mine = sorted(mine or part[:1], key=lambda e: e.ids)
-            task = torch.tensor([*(tasks.index(e.task) for e in mine), len(tasks)])      # prompts
+            part = sorted(batch[i:i + micro], key=lambda e: e.ids)
+            task = torch.tensor([*(tasks.index(e.task) for e in part), len(tasks)])      # prompts
             task = to_device_together({"": task}, self.device)[""]
             with self.copies.multiplying():
                 hidden, targets, numbers, tokens = supervised(
-                    self.model, mine, self.pad_id, self.cfg.recompute,
+                    self.model, part, self.pad_id, self.cfg.recompute,
                     prompts=self.prompt_weight > 0)
                 losses = head_losses(hidden, self.model.lm_head.weight, targets,
                                      self.cfg.label_smoothing or 0.0)
                 by_task = losses.new_zeros(len(tasks) + 1).index_add(
                     0, task[numbers], losses * tokens.repeats[tokens.read])
-                balance = balance_loss(take_logits(self.copies.layers), tokens.repeats,
-                                       partial(distributed.all_sum, times=counts))
+                balance = balance_loss(take_logits(self.copies.layers), tokens.repeats)
                 balance = balance * (sum(len(e.ids) for e in part) / sum(len(e.ids) for e in batch))
                 loss = (by_task[:-1].sum() + self.prompt_weight * by_task[-1]) / answers
-                (counts * (loss + self.cfg.router_aux_loss_coef * balance)).backward()
-            sums.append(counts * torch.cat([by_task.detach(), balance.detach()[None]]))
+                (loss + self.cfg.router_aux_loss_coef * balance).backward()
+            sums.append(torch.cat([by_task.detach(), balance.detach()[None]]))
         return torch.stack(sums).sum(0)
 
     def step(self, number: int, batch: Sequence[Example], lr: float) -> dict[str, Any]:
@@ -162,11 +148,9 @@ class Trainer:
         changes nothing, if the loss or the norm of its gradient is not finite."""
         start = time.perf_counter()
         sums = self.fitting(partial(self.gradients, batch))
-        distributed.exchange([p.grad for p in self.parameters.values() if p.grad is not None])
         clipped = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.cfg.max_grad_norm)
         # The one wait for the device: all figures are read at once.
-        *by_task, prompts, balance, norm = torch.cat(
-            [distributed.all_sum(sums), clipped[None]]).tolist()
+        *by_task, prompts, balance, norm = torch.cat([sums, clipped[None]]).tolist()
         answers = Counter[str]()
         for e in batch:
             answers[e.task] += e.supervised
@@ -218,11 +202,11 @@ class Trainer:
         state, tensors = first_state(run, batches, self.parameters, resume)
         metrics, line = run / "metrics.jsonl", ""
         if state["step"]:
-            rank0_only(os.truncate, metrics, state["metrics"])
+            os.truncate(metrics, state["metrics"])
         else:
             if continued and self.valid and batches:
                 line = json.dumps({"step": 0, **self.validate(0, state)}) + "\n"
-            rank0_only(metrics.write_text, line, "utf-8", None, "\n")
+            metrics.write_text(line, "utf-8", newline="\n")
         for full in [*tensors]:              # it is emptied: the file may not stay mapped
             name, _, key = full.rpartition("/")
             parameter = self.parameters[name]
@@ -244,8 +228,8 @@ class Trainer:
             usual, begun = batches[first + sizes.index(median_low(sizes))], time.perf_counter()
             self.fitting(partial(self.gradients, usual)).tolist()        # waits for the device
             seconds = (time.perf_counter() - begun) * sum(sizes) / median_low(sizes)
-        rank0_only(print, f"training: {len(batches)} steps of {self.cfg.batch_size} lines, "
-                   f"{self.cfg.epochs} passes over all: about {duration(seconds)}")
+        print(f"training: {len(batches)} steps of {self.cfg.batch_size} lines, "
+              f"{self.cfg.epochs} passes over all: about {duration(seconds)}")
 
     def finish(self) -> None:
         """Put the best experts in place, if they are kept, and drop gradients."""
@@ -264,21 +248,18 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     saved; ValueError for another run's checkpoint; ArithmeticError for a loss not finite."""
     cfg = with_defaults(cfg, model, examples)
     batches, peak = schedule(examples, cfg), cfg.lr or 0.0
-    compiling = compiled.wanted(model, cfg.compile, len(batches))
-    trainer = Trainer(model, cfg, pad_id, compiling, valid)
+    trainer = Trainer(model, cfg, pad_id, valid)
     state = trainer.begin(run, batches, resume, continued)
     steps, first, every = len(batches), state["step"], math.ceil(len(batches) / MEASURES)
     trainer.announce(batches, first)
-    compilation = compiled.compiled_layers(model, lambda: trainer.fitting(partial(
-        trainer.gradients, batches[0]))) if compiling else nullcontext()
-    with (compilation, (run / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as metrics,
+    with ((run / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as metrics,
           progress_bar(range(first, steps), "train", steps, unit="step", initial=first,
-                       smoothing=0.1, disable=distributed.rank() > 0) as bar,
-          waiting(distributed.rank() == 0) as signals):
+                       smoothing=0.1) as bar,
+          waiting() as signals):
         begun, note = time.perf_counter() - state["seconds"], ""
         for step in bar:
             if trainer.gives_up(state):
-                rank0_only(print_above_bar, f"ended after step {step} by --patience")
+                print_above_bar(f"ended after step {step} by --patience")
                 break
             lr, done = learning_rate(step, steps, peak), step + 1
             line = trainer.step(step, batches[step], lr)
@@ -286,26 +267,22 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
                 line |= trainer.validate(done, state)
                 right = f", {line['valid_right']} of {len(valid)} right" * trainer.by_answers
                 note = f", validation {line['valid_loss']:.3f}{right}"
-            rank0_only(metrics.write, json.dumps(line) + "\n")
+            metrics.write(json.dumps(line) + "\n")
             metrics.flush()
             state |= {"step": done, "tokens": state["tokens"] + line["tokens"],
                       "seconds": time.perf_counter() - begun, "loss": line["loss"],
                       "metrics": os.fstat(metrics.fileno()).st_size}
-            signal, saves = _signal_to_any(signals), done % cfg.checkpoint_every == 0
-            if saves or signal or trainer.gives_up(state) or done == steps:
+            due = done % cfg.checkpoint_every == 0 or done == steps
+            if due or signals or trainer.gives_up(state):
                 os.fsync(metrics.fileno())           # a checkpoint counts on the lines before it
-                rank0_only(save_checkpoint, run, trainer.tensors(), state)
+                save_checkpoint(run, trainer.tensors(), state)
             bar.set_postfix_str(f"loss {line['loss']:.3f}{note}, {line['tokens_per_second']:.0f} "
                                 "tok/s", refresh=False)
-            if signal:
+            if signals:
                 break
-        if signal := _signal_to_any(signals):        # one may come after the last step, too
-            raise Interrupted(f"saved after step {state['step']} of {steps}", signal)
+        if signals:                                  # one may come after the last step, too
+            raise Interrupted(f"saved after step {state['step']} of {steps}", signals[0])
     trainer.finish()
     return {**{k: state[k] for k in ("step", "tokens", "seconds", "loss")},
             "kept": state["best_step"] if trainer.best else state["step"]}
 
-
-def _signal_to_any(signals: Sequence[int]) -> int:
-    """The signal that asked any process to end, for one alone may get it; 0 if none did."""
-    return max(distributed.gather(signals[0] if signals else 0))

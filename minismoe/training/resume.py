@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..data.tasks import Example
 from ..io.files import new_folder, read_json, replacing, sha256, sha256_of_json
-from . import distributed
 
 KEPT = 2                                     # checkpoints of a run
 TENSORS = "experts.safetensors"              # see `Trainer.tensors`
@@ -100,13 +99,8 @@ def first_state(run: Path, batches: Sequence[Sequence[Example]], parameters: Map
     run.mkdir(parents=True, exist_ok=True)
     if not resume:
         for old in checkpoints(run):
-            distributed.rank0_only(shutil.rmtree, old)
-    with distributed.one_first():            # the first may rename a damaged checkpoint
-        checkpoint = newest(run) if resume else None
-    step = checkpoint[1]["step"] if checkpoint else 0
-    if len(set(distributed.gather(step))) > 1:
-        raise ValueError(f"the processes do not see the same checkpoints: {run} must be a folder "
-                         "that they share")
+            shutil.rmtree(old)
+    checkpoint = newest(run) if resume else None
     if checkpoint is None:
         return fresh, {}
     folder, state = checkpoint

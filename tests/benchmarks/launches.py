@@ -1,6 +1,6 @@
 """Kernels that a training step starts: what a GPU waits for if the model is small.
 
-    python tests/benchmarks/launches.py [--compile]
+    python tests/benchmarks/launches.py
 
 Prints, for a Llama of SmolLM2's width, the kernels that one decoder layer starts, forward and
 backward (the slope between 2 and 8 layers), and those of the rest of a step; how often a step waits
@@ -10,22 +10,19 @@ of the probe.
 
 A kernel is an operator that is no view and makes no empty tensor. Steps are counted as a GPU runs
 them, on tensors without memory: attention and RMSNorm, which torch has in one kernel, count as one
-forward and one backward. So no GPU is needed, and the counts are exact. --compile adds the calls of
-compiled layers: fused kernels and library calls, which takes some minutes.
+forward and one backward. So no GPU is needed, and the counts are exact.
 """
 
 import argparse
-import re
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
@@ -37,9 +34,7 @@ from minismoe.data.tasks import Example, collate
 from minismoe.method.allocate import Allocation
 from minismoe.method.experts import add_experts, linear_layers
 from minismoe.method.sensitivity import sample_norms
-from minismoe.model import attention
 from minismoe.model.decoder import CausalLM, Config
-from minismoe.training.compiled import compiled_layers
 from minismoe.training.loop import TrainConfig, Trainer
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view",
@@ -48,7 +43,6 @@ FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"
 # asked to be asynchronous, such as of a Python number by new_tensor.
 COPY = "waiting copy"
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "_unique2", COPY}
-COMPILED = ExitStack()             # holds the compiled layers open until `main` ends
 WIDE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
         "num_key_value_heads": 3, "head_dim": 64}
 NARROW = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
@@ -116,7 +110,7 @@ def examples(count: int) -> list[Example]:
 
 
 def step_of(side: str, layers: int, dtype: torch.dtype, device: str, sizes: dict[str, int],
-            batch: list[Example], compiled: bool = False) -> Callable[[], object]:
+            batch: list[Example]) -> Callable[[], object]:
     """One step of training, forward and backward."""
     rank = 8 if sizes is WIDE else 2
     if side == "PEFT":
@@ -132,8 +126,6 @@ def step_of(side: str, layers: int, dtype: torch.dtype, device: str, sizes: dict
     with torch.device(device):
         ours = CausalLM(Config.from_dict(config(layers, sizes))).to(dtype)
     linear = linear_layers(ours.requires_grad_(False))
-    if compiled:
-        COMPILED.enter_context(compiled_layers(ours, lambda: None))
     if side == "probe":
         return partial(sample_norms, ours, linear, *collate(batch, 0))
     counts = dict.fromkeys(linear, 8 if side == "mixture" else 1)
@@ -141,7 +133,7 @@ def step_of(side: str, layers: int, dtype: torch.dtype, device: str, sizes: dict
     with torch.device(device):
         add_experts(ours, Allocation(counts, rank=rank, alpha=2 * rank))
     cfg = TrainConfig(batch_size=len(batch), micro_batch_size=len(batch))
-    return partial(Trainer(ours, cfg, 0, same_shapes=compiled).gradients, batch, len(batch))
+    return partial(Trainer(ours, cfg, 0).gradients, batch, len(batch))
 
 
 def counted(side: str, layers: int, dtype: torch.dtype) -> Counter[str]:
@@ -164,24 +156,6 @@ def kernels(side: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Counter[str
     return +layer, few.total() - 2 * layer.total(), waits
 
 
-def calls(side: str) -> int:
-    """Fused kernels and library calls of one compiled layer, forward and backward, with attention
-    in one call each, as on a GPU."""
-    from torch._inductor.utils import run_and_get_code
-    torch._dynamo.reset()
-    step = step_of(side, 2, torch.bfloat16, "cpu", WIDE, examples(8), compiled=True)
-
-    def one_call(q: Any, k: Any, v: Any, mask: Any, scale: float) -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                              scale=scale, enable_gqa=True)
-
-    with mock.patch.object(attention, "attend", one_call):
-        codes = [code[code.index("def call("):] for code in run_and_get_code(step)[1]]
-    found = [len(re.findall(r"\b(?:cpp_fused\w*|extern_kernels\.\w+|torch\.ops\.[\w.]+)\(", code))
-             for code in codes]
-    return max(found[0::2]) + max(found[1::2])       # forward and backward, of layers but the first
-
-
 def seconds(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """CPU seconds of a step, medians over rounds in turn."""
     times: dict[str, list[float]] = {side: [] for side in steps}
@@ -198,7 +172,6 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="of the timed step")
     parser.add_argument("--operators", action="store_true", help="also each layer's by name")
-    parser.add_argument("--compile", action="store_true", help="also the calls of compiled layers")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for dtype in (torch.bfloat16, torch.float32):
@@ -212,16 +185,7 @@ def main() -> None:
                   f"  {1e3 * spent[side]:6.1f} {spent[side] / spent['PEFT']:5.2f}", flush=True)
             if args.operators:
                 print("   ", ", ".join(f"{n} {name}" for name, n in layer.most_common()))
-    if args.compile:
-        eager = kernels("PEFT")[0].total()
-        torch._dynamo.reset()
-        steps = {name: step_of(name, 16, torch.bfloat16, "cpu", NARROW, examples(2),
-                               name == "mixture") for name in ("mixture", "PEFT")}
-        spent, count = seconds(steps, args.rounds), calls("mixture")
-        print(f"compiled mixture: {count:4} {count / eager:5.2f}; empty step "
-              f"{1e3 * spent['mixture']:6.1f} {spent['mixture'] / spent['PEFT']:5.2f}", flush=True)
 
 
 if __name__ == "__main__":
-    with COMPILED:
-        main()
+    main()

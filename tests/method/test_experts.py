@@ -1,11 +1,8 @@
 """experts.py against the reference, against autograd, and against PEFT."""
 
 import copy
-import itertools
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import peft
@@ -187,16 +184,15 @@ def test_copies_give_every_parameter_its_gradient(dtype: torch.dtype) -> None:
     counts = COUNTS | {"model.layers.0.self_attn.k_proj": 2, "model.layers.1.mlp.up_proj": 1}
     model, (ids, mask), results = ours(llama()).to(dtype), batch(), []
     randomise(add_experts(model, counts, rank=2))
-    for make in (None, Copies, partial(Copies, same_shapes=True)):
+    for copies in nullcontext(), Copies(model).multiplying():
         model.zero_grad()
-        with make(model).multiplying() if make else nullcontext():
+        with copies:
             loss = model(ids, mask)[mask.bool()].float().logsumexp(-1).square().sum()
             loss = loss + balance_loss(take_logits(expert_layers(model)), torch.ones(19))
             loss.backward()
         results.append([loss.detach(), *(p.grad for p in expert_parameters(model).values())])
-    for other in results[1:]:
-        for a, b in zip(other, results[0], strict=True):
-            assert (a - b).norm() <= (1e-7 if dtype == torch.float64 else 0.02) * b.norm()
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= (1e-7 if dtype == torch.float64 else 0.02) * b.norm()
 
 
 def test_gradients_add_up_over_two_calls_of_one_layer() -> None:
@@ -472,35 +468,23 @@ def test_balance_loss_without_a_choice_is_0(experts: int) -> None:
 
 
 def test_a_shared_beginning_counts_for_all_sequences() -> None:
-    """Computed once or in every row, and by one process or two: the same balance loss."""
+    """Computed once or in every row: the same balance loss."""
     model = randomise(add_experts(ours(llama()).double(), COUNTS, rank=2))
     ids, mask = batch()
     ids[:, :3] = ids[0, :3]
 
-    def gradients(parts: list[slice], share: bool) -> list[Tensor]:
+    def gradients(share: bool) -> list[Tensor]:
         model.zero_grad()
-        counts = defaultdict[int, list[Tensor]](list)        # by the number of the call
-        for turn, part in enumerate(parts * 2):
-            call = itertools.count()
-
-            def total(part: Tensor, call: itertools.count = call) -> Tensor:
-                counts[n := next(call)].append(part)
-                return sum(counts[n][:len(parts)])           # complete the second time round
-
-            if turn == len(parts):
-                model.zero_grad()
-            needed = torch.zeros_like(mask[part], dtype=torch.bool) if share else None
-            tokens = Tokens(ids[part], mask[part], model.config, torch.device("cpu"), needed)
-            model.model.rows(tokens)
-            routing = take_logits(expert_layers(model))
-            balance_loss(routing, tokens.repeats, total).backward()
+        needed = torch.zeros_like(mask, dtype=torch.bool) if share else None
+        tokens = Tokens(ids, mask, model.config, torch.device("cpu"), needed)
+        model.model.rows(tokens)
+        balance_loss(take_logits(expert_layers(model)), tokens.repeats).backward()
         return [p.grad.clone() for n, p in model.named_parameters()
                 if n.endswith("router") and p.grad is not None]
 
-    expected = gradients([slice(0, 3)], False)
+    expected = gradients(False)
     assert len(expected) == 3 and all(g.any() for g in expected)
-    torch.testing.assert_close(gradients([slice(0, 3)], True), expected)
-    torch.testing.assert_close(gradients([slice(0, 3, 2), slice(1, 3, 2)], True), expected)
+    torch.testing.assert_close(gradients(True), expected)
 
 
 def test_experts_begin_as_peft_and_mixtral_do() -> None:

@@ -1,7 +1,6 @@
 """The delta rule against its plain loop, and delta nets on texts of several chunks."""
 
 import copy
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,16 +9,14 @@ import torch
 from mixture import fit, frozen
 from tiny import close, padded, random_hf, randomise
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 from minismoe.method.experts import add_experts, linear_layers
 from minismoe.method.freeze import merge
 from minismoe.method.reads import reads
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
-from minismoe.model.delta import CHUNK, delta_rule, memories, memories_backward
+from minismoe.model.delta import CHUNK, delta_rule
 from minismoe.model.tokens import Cache, Tokens
-from minismoe.training.compiled import compiled_layers
 
 LENGTHS = (150, 70, 3)           # of texts: three chunks, two, and a part of one
 
@@ -129,40 +126,3 @@ def test_experts_are_frozen_and_merged(pair: tuple[Any, CausalLM]) -> None:
         partial(joined.model, ids, mask)]).items()
     assert [*read] == names and len(x) == mask.sum()
 
-
-def test_operators_have_the_shapes_and_gradients_that_torch_is_told() -> None:
-    g = torch.Generator().manual_seed(0)
-    n, heads, K, V, L = 3, (2, 2), 4, 5, 6
-    keys, reads, values, fade, start, up = (torch.randn(shape, generator=g) for shape in (
-        (n, *heads, L, K), (n, *heads, L, K), (n, *heads, L, V), (n, *heads, 1, 1), (*heads, K, V),
-        (n + 1, *heads, K, V)))
-    torch.library.opcheck(memories_backward, (keys, reads, fade, up))
-    torch.library.opcheck(memories, [x.requires_grad_() for x in (
-        keys, reads, values, fade, start)])
-
-
-@pytest.mark.slow
-def test_layers_are_traced_whole_whatever_the_length(pair: tuple[Any, CausalLM]) -> None:
-    """Delta nets and attention, and delta nets once more for texts of a single chunk."""
-    torch._dynamo.reset()
-    counters.clear()
-    plain, compiled = load_model(pair[1].name), load_model(pair[1].name)
-    for model in plain, compiled:
-        torch.manual_seed(1)
-        add_experts(model, dict.fromkeys(linear_layers(model), 2), rank=2)
-        del model.model.layers[:2]           # the first would be traced apart from the others
-        sizes = model.model.config
-        model.model.config = replace(sizes, num_hidden_layers=2, windows=sizes.windows[2:])
-    with compiled_layers(compiled, lambda: None, backend="eager"):
-        for length in (150, 20, 64, 65, 130, 200):
-            ids, found = torch.randint(97, (3, length)), []
-            for model in plain, compiled:
-                model.zero_grad()
-                hidden = model.model(ids)
-                hidden.square().mean().backward()
-                found.append([hidden.detach(), *(p.grad.clone() for p in model.parameters()
-                                                 if p.requires_grad)])
-            for a, b in zip(*found, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
-    torch._dynamo.reset()

@@ -20,7 +20,6 @@ from minismoe.io.files import read_json
 from minismoe.method.experts import add_experts, expert_layers, linear_layers
 from minismoe.method.loss import IGNORE
 from minismoe.model.decoder import CausalLM
-from minismoe.training import compiled
 from minismoe.training import evaluate as evaluating
 from minismoe.training.evaluate import token_scores
 from minismoe.training.loop import Interrupted, TrainConfig, Trainer, train, with_defaults
@@ -310,15 +309,14 @@ def test_a_batch_that_overflows_is_halved_for_good_and_counted_once(tmp_path, mo
     assert calls[15:] == 12 * [1] + [10, 2]              # of similar length
 
 
-@pytest.mark.parametrize("compile", ["off", pytest.param("on", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("grads, halves", [
     ((False,), ["evaluation takes 16", "evaluation takes 8", "evaluation takes 4"]),
     ((True, False), ["training takes 4", "evaluation takes 16", "evaluation takes 8",
                      "evaluation takes 4"])])
-def test_a_run_that_overflows_goes_on_in_halves(tmp_path, monkeypatch, capsys, compile, grads,
-                                                halves) -> None:
-    """At each step, at the loss of unseen lines, and as layers are compiled: it says so once, and
-    what a validation cannot hold changes no step."""
+def test_a_run_that_overflows_goes_on_in_halves(tmp_path, monkeypatch, capsys, grads, halves,
+                                                ) -> None:
+    """At each step, and at the loss of unseen lines: it says so once, and what a validation cannot
+    hold changes no step."""
     pack, seen = evaluating.Tokens, set()
 
     def tight(ids, *rest, **more):
@@ -328,10 +326,7 @@ def test_a_run_that_overflows_goes_on_in_halves(tmp_path, monkeypatch, capsys, c
         return pack(ids, *rest, **more)
 
     monkeypatch.setattr(evaluating, "Tokens", tight)
-    monkeypatch.setattr(compiled, "compiled_layers", partial(
-        compiled.compiled_layers, backend="eager"))
-    train(tiny(), examples(), TrainConfig(epochs=1, compile=compile), tmp_path, 0,
-          valid=examples())
+    train(tiny(), examples(), TrainConfig(epochs=1), tmp_path, 0, valid=examples())
     said = capsys.readouterr().out
     assert sorted(line for line in said.splitlines() if "out of memory" in line) == sorted(
         f"out of memory, so from now on {half} examples at a time" for half in halves)
