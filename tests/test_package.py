@@ -113,8 +113,8 @@ def test_modules_that_windows_lacks_are_imported_in_functions() -> None:
 
 
 def test_text_is_utf_8_on_every_system() -> None:
-    """Windows would take another encoding where none is named; process.py reads Linux's /proc, and
-    other tests than this file's write and read ASCII."""
+    """Where no encoding is named, Windows takes another one. Left out: process.py, which reads
+    Linux's /proc, and the other tests, whose files hold ASCII."""
     for file in {*MODULES, *SCRIPTS, Path(__file__)} - {ROOT / "minismoe/io/process.py"}:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in (

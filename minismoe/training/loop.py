@@ -206,7 +206,7 @@ class Trainer:
         else:
             if continued and self.valid and batches:
                 line = json.dumps({"step": 0, **self.validate(0, state)}) + "\n"
-            metrics.write_text(line, "utf-8", newline="\n")
+            metrics.write_text(line, encoding="utf-8", newline="\n")
         for full in [*tensors]:              # it is emptied: the file may not stay mapped
             name, _, key = full.rpartition("/")
             parameter = self.parameters[name]
