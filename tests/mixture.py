@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minismoe.export.ship import freeze_and_round
 from minismoe.method.experts import add_experts, expert_layers
-from minismoe.method.freeze import Fit, TaskFits, frozen_layer, no_fits
+from minismoe.method.freeze import Fit, TaskFits, frozen_layer, merged, no_fits
 
 V, D = SMALL["vocab_size"], SMALL["hidden_size"]
 COUNTS = {f"model.layers.{i}.{name}": count for i in range(2) for name, count in {
@@ -53,3 +53,13 @@ def frozen(model: Any, fits: Mapping[str, Fit]) -> Any:
     for name, layer in expert_layers(copied).items():
         copied.set_submodule(name, frozen_layer(layer, fits[name]))
     return copied
+
+
+@torch.no_grad()
+def merge(model: nn.Module, fits: Mapping[str, Fit]) -> None:
+    """Replace each adapted layer, in place, by a plain one with the fit merged into its weight."""
+    for name, layer in expert_layers(model).items():
+        new = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        new.weight = nn.Parameter(merged(layer.dense(), fits[name]), requires_grad=False)
+        new.bias = layer.bias
+        model.set_submodule(name, new)

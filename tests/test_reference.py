@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from mixture import fit
+from mixture import fit, merge
 from tiny import edit_tensors, python, randomise, save_bytes_model
 
 from minismoe import reference
@@ -24,7 +24,6 @@ from minismoe.io.files import read_json
 from minismoe.method import bits
 from minismoe.method.allocate import allocate
 from minismoe.method.experts import add_experts, expert_layers
-from minismoe.method.freeze import merge
 from minismoe.method.sensitivity import probe
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM

@@ -30,7 +30,7 @@ from .settings import ExportConfig, Source
 
 TOKENS, LONGEST = 4096, 512      # of all tasks together, and of a text: its last ones
 BATCH = 32                       # texts at once
-EVEN = 0.1                       # share of a token's count that is how often it is there
+EVEN = 0.1                       # the part of a token's count that no answer decides
 Samples = Mapping[str, Sequence[Example]]    # by task; those of --prompts have none
 Batches = Mapping[str, Sequence[Batch]]      # by task
 
@@ -125,7 +125,7 @@ class Calibration:
                 samples += len(batch[0])
         if self.states:
             self.task, self.held, self.times = map(torch.cat, (task, held, times))       # (T,)
-        self.weights = dict[str, Tensor]()                       # of tokens (T,), by module
+        self.token_weights = dict[str, Tensor]()                 # (T,) each, by module
 
     def weigh(self) -> None:
         """Let tokens count as the answers depend on them, if the texts have answers."""
@@ -133,7 +133,7 @@ class Calibration:
             generator = torch.Generator().manual_seed(0)
             found = [state.token_weights(self.model, 1 - 2 * torch.randint(
                 2, state.answers.shape, generator=generator)) for state in self.states]
-            self.weights = {name: torch.cat([of[name] for of in found]) for name in found[0]}
+            self.token_weights = {name: torch.cat([of[name] for of in found]) for name in found[0]}
 
     def run_layer(self, number: int) -> Mapping[tuple[str, ...], Tensor | None]:
         """Run a decoder layer on all texts. Returns what its linear layers read, x (T, D), by the
@@ -162,13 +162,14 @@ class Calibration:
 
     def factor(self, names: Sequence[str], x: Tensor | None, damping: float = DAMPING,
                ) -> Tensor | None:
-        """The `factor` of what some matrices read, x (T, D), in which a token counts by its weights
-        for them."""
+        """The `factor` of what some matrices read, x (T, D). A token that is there c times counts
+        EVEN c + (1 - EVEN) w, where w sums its weights for these matrices, scaled so that all w add
+        up to what all c do. Without answers it counts c."""
         if x is None:
             return None
         counts = self.times.to(x)
-        if self.weights:
-            w = torch.stack([self.weights[name] for name in names]).sum(0).to(x)
+        if self.token_weights:
+            w = torch.stack([self.token_weights[name] for name in names]).sum(0).to(x)
             w *= counts.sum() / w.sum().clamp(min=torch.finfo(w.dtype).tiny)
             counts = EVEN * counts + (1 - EVEN) * w
         return factor(x * counts.sqrt()[:, None], damping)

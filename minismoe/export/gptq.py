@@ -7,7 +7,8 @@ as their inputs x correlate with its input, which H = sum x x^T tells:
     e_k = (w_k - rounded w_k) / U_kk
     w_j <- w_j - e_k U_kj           for all columns j > k, before they are rounded
 
-What all columns before a block [a, b) add up to needs no inverse of K x K, as e U = W - rounded W:
+A block's scale is chosen as its first column is reached (`block_scales`). What all columns before a
+block [a, b) add up to needs no inverse of K x K: the errors e, times U, are W - rounded W, so
 
     w[a:b] = W[a:b] + (W - rounded W)[:a] R[:a, a:b] U[a:b, a:b]
 

@@ -1,4 +1,4 @@
-"""The weights of a part in few bits: of all matrices alike, or as --size chooses for each.
+"""The weights of a part (see part.py) in few bits: the same for all, or as --size chooses for each.
 
 method/bits.py says how much harm a way to store a matrix does, and spends bytes where it is most.
 """

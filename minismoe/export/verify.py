@@ -39,11 +39,12 @@ from .weights import PRECISIONS
 
 Figures = dict[str | None, dict[str, Any]]       # by adapter; None: without any
 Written = tuple[str, Tensor | None, Tensor]      # a name, what is in a file, and what has to be
-# How far logits may be from PyTorch's on the same weights, as a share of the largest. Of float16
-# graphs weights are rounded as well, and a router may choose another expert where two are almost
-# equal.
-FLOAT32, FLOAT16, ROUTED_FLOAT16, BITS16 = 1e-4, 3e-2, 6e-2, 2e-2
-BITS8 = 0.1              # of a session that rounds activations
+# How far logits may be from PyTorch's on the same weights, as a share of the largest.
+FLOAT32 = 1e-4
+FLOAT16 = 3e-2           # weights are rounded to float16 as well
+ROUTED_FLOAT16 = 6e-2    # and a router may take another expert where two are almost equal
+BITS16 = 2e-2            # activations are rounded to 16 bits, for NPUs
+BITS8 = 0.1              # activations are rounded to 8 bits
 
 
 def check(part: Part, source: Source, folder: Path) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def check_exact(part: Part, folder: Path, prompts: Prompts, figures: Figures) ->
         generator.use(adapter)
         figures[adapter] |= compare.compare_exact(
             with_adapter(part.shipped, adapter), generator, prompts,
-            rounding_explains(part.config, exact=True))
+            tolerance(part.config, exact=True))
 
 
 def check_shipped(part: Part, source: Source, generator: Generator, prompts: Prompts,
@@ -84,7 +85,7 @@ def check_shipped(part: Part, source: Source, generator: Generator, prompts: Pro
         texts = generator.batch(prompts, most)
         figures[adapter] |= compare.compare_shipped(
             with_adapter(part.shipped, adapter), generator, prompts, texts,
-            rounding_explains(config), config.form.rounds_activations)
+            tolerance(config), config.form.rounds_activations)
         alone = config.adapters and not adapter
         figures[adapter] |= compare.compare_texts(
             without_experts(source.trained) if alone else source.trained, generator, prompts, texts,
@@ -109,7 +110,7 @@ def check_provider(part: Part, generator: Generator, other: Generator, name: str
             generator, part.shipped, prompts, texts)
         found = compare.compare_logits(
             compare.logits(generator, *read), compare.logits(other, *read),
-            rounding_explains(part.config, exact=npu), wrong)
+            tolerance(part.config, exact=npu), wrong)
         found |= {"texts": len(texts), "texts_equal": sum(map(list.__eq__, texts, said))}
         figures[adapter].setdefault("providers", {})[name] = found
         show_logits(name, found, "the CPU")
@@ -189,7 +190,7 @@ def adapter_weights(shipped: CausalLM, folder: Path) -> Iterator[Written]:
         yield from zip((f"{name}.lora_A", f"{name}.lora_B"), found.get(name, [None] * 2), wanted)
 
 
-def rounding_explains(config: ExportConfig, exact: bool = False) -> float:
+def tolerance(config: ExportConfig, exact: bool = False) -> float:
     """How far the logits of the session that ships may be from those of its weights in PyTorch; or
     of the `exact` one."""
     if config.form.rounds_activations and not exact:

@@ -82,7 +82,7 @@ def write(part: Part, source: Source, folder: Path) -> dict[str, Any]:
                               part.fits[config.task], folder)
     checked = verify.check(part, source, folder)
     if config.graph:
-        graph["contract"]["golden"] = golden(Generator(folder), verify.rounding_explains(config))
+        graph["contract"]["golden"] = golden(Generator(folder), verify.tolerance(config))
         with suppress(*() if config.port else (ValueError,)):    # some templates cannot be split
             graph["contract"]["prompt"] = prompt(source)
     if config.port:

@@ -20,7 +20,7 @@ def flag(default: Any, help: str, kind: Callable[[str], Any] | None = None, **mo
 
 
 def option(name: str) -> str:
-    """The flag of a field: budget_experts -> --budget-experts."""
+    """The flag of a field: batch_size -> --batch-size."""
     return f"--{name.replace('_', '-')}"
 
 

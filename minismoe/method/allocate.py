@@ -1,18 +1,18 @@
-"""Allocate: how many LoRA experts each weight matrix gets: `reference.vote`, and budgets.
+"""Allocate: how many LoRA experts each weight matrix gets: votes (`reference.vote`), and budgets.
 
 A task gives one expert to each of its most sensitive matrices, a share `keep` of each group. Only
 the order within a task counts, so tasks whose gradients differ a thousandfold in size have the same
-say. A matrix without a vote gets no adapter. With keep = 0.5 of one group of four:
+say. A matrix has as many experts as votes, and at least min_experts: 1 for the scripts, 0 in the
+paper, where a matrix without a vote gets no adapter. With keep = 0.5 of one group of four:
 
     sensitivity    q     k     v     o
     task 1       9.0   1.0   5.0   2.0     votes for q and v
     task 2       0.1   0.2   0.9   0.3     votes for v and o
     experts        1     0     2     1
 
-A budget of parameters takes the largest keep that fits it. With min_experts 1, as the scripts have
-it, a matrix without a vote gets one expert all the same. "uniform" and "lora" read no score: the
-first gives each matrix a share `keep` of as many experts as there are tasks, the second gives each
-one expert; given a budget, as many experts as fit, and one of the largest rank that fits. No count
+A budget of parameters takes the largest keep that fits it. Two strategies read no score. "uniform"
+gives each matrix a share `keep` of as many experts as there are tasks or, with a budget, as many as
+fit. "lora" gives each matrix one expert, with a budget of the largest rank that fits. No count
 depends on the order of tasks or modules.
 """
 
@@ -106,6 +106,7 @@ def _options(draft: Allocation, scores: Sensitivities, groups: Sequence[Sequence
         few = max(1, least, _kept(draft.keep, len(scores)) if draft.keep else 1)
         for each in range(few, MOST + 1):
             yield replace(draft, experts=dict.fromkeys(chain(*groups), each))
+        return
     # Every keep that gives a task one more vote in a group of n: (i - 1/2) / n rounds up to i.
     keeps = {(2 * i - 1) / (2 * n) for n in map(len, groups) for i in range(1, n + 1)}
     for keep in [draft.keep] if draft.keep else sorted(keeps):

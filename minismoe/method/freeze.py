@@ -5,10 +5,10 @@ stacked experts, gh each expert's r entries of h times its gate, and A_g the fit
 
     linear = A_g + d^T x (x^T x + ridge I)^-1 = A_g + d^T (x x^T + ridge I)^-1 x
 
-whatever B is, where d = gh - x A_g^T is what A_g misses. The smaller of the two systems is solved.
-Tokens that are held out choose the ridge (or A_g, if no ridge does better), and give the residual,
-the share of the mixture's output energy that the fit misses. An export goes through the decoder
-layer by layer, and calls `solve` for each group of matrices that read the same x.
+where d = gh - x A_g^T is what A_g misses; B does not matter. The smaller of the two systems is
+solved. Tokens that are held out choose the ridge (or A_g, if no ridge does better), and give the
+residual, the share of the mixture's output energy that the fit misses. An export goes through the
+decoder layer by layer, and calls `solve` for each group of matrices that read the same x.
 Letters: T tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
 """
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .experts import ExpertLinear, expert_layers, top_k_gates
+from .experts import ExpertLinear, top_k_gates
 from .reads import gram
 
 RIDGES = (1e-2, 1e-1)    # times trace(x^T x) / D; 1e-3 or 1 won 3 of 54 on SmolLM2
@@ -158,23 +158,3 @@ def frozen_layer(layer: nn.Linear, fit: Fit) -> ExpertLinear:
     new.lora_A.copy_(fit.lora_A[None])
     new.lora_B.copy_(fit.lora_B.T[None])
     return new
-
-
-@torch.no_grad()
-def merged_layer(layer: ExpertLinear, fit: Fit) -> nn.Linear:
-    """An nn.Linear of the layer's weight with the fit merged into it."""
-    new = nn.Linear(layer.in_features, layer.out_features, device="meta")
-    new.weight = nn.Parameter(merged(layer.dense(), fit), requires_grad=False)
-    new.bias = layer.bias
-    return new
-
-
-def merge(model: nn.Module, fits: Mapping[str, Fit]) -> None:
-    """Replace each adapted layer by its `merged_layer`, in place. A merged layer has no experts, so
-    a second call changes nothing. Raises ValueError, before anything is changed, with the names
-    that have no fit."""
-    layers = expert_layers(model)
-    if missing := [n for n in layers if n not in fits]:
-        raise ValueError(f"no fit for {', '.join(missing)}: freeze the adapter again")
-    for name, layer in layers.items():
-        model.set_submodule(name, merged_layer(layer, fits[name]))

@@ -8,8 +8,8 @@ tokens t, counts an error of any token alike, wherever it leads. So each is mult
 where m_p is the margin, in logits, of the likeliest next token over the second, and the sigmoid is
 held constant: the smaller a margin, the sooner an error changes the answer. GuidedQuant (arXiv
 2505.07004) takes the gradient of the training loss, which almost vanishes at lines that a model has
-learned. One backward pass does for all positions: the mean of ||sum_p s_p d_p||^2 over random signs
-s_p is sum_p ||d_p||^2.
+learned. One backward pass estimates the sum: with d_p = dL_p / dy_t and random signs s_p, the
+expectation of ||sum_p s_p d_p||^2 is sum_p ||d_p||^2. The signs are drawn once.
 Letters: N rows of tokens, S answer positions, D hidden.
 """
 

@@ -1,15 +1,15 @@
-"""What a graph has read of one prompt: tokens, and their keys and values, which are never copied.
+"""One cache: the tokens that a graph has read of a prompt, and their keys and values.
 
-Keys and values stay on the session's device, in OrtValues that are bound to the session. Each kind
-of graph has its own cache, which reads as the graph wants it:
+model.py (`_take_cache`) keeps several, and drops the oldest. Keys and values are never copied: they
+stay on the session's device, in OrtValues that are bound to the session. Each kind of graph has its
+own cache, which reads as the graph wants it:
 
     SharedCache    "shared", target ort: one buffer for the whole context is the past and the
                    present: attention writes into it. Its memory is taken as it is written, and
                    then stays.
     GraphCache     "growing", target portable: the present of a step is the past of the next step.
-    FixedCache     "fixed", target portable, static: the present is the next past as well, but
-                   sizes are fixed: T tokens a step, the first of which may be padding, and the
-                   last P positions as the past.
+    FixedCache     "fixed", target portable, static: the same in fixed sizes. A step reads T
+                   tokens, the first of which may be padding; the past is the last P positions.
     SlotCache      "slots", target npu (npu.py): P slots, into which new keys and values are copied.
 
 export.json names the kind under contract, cache.

@@ -127,8 +127,8 @@ class CachedModel:
 
     def _choose_cache(self, tokens: list[int], spare_bytes: int) -> tuple[GraphCache | None, int]:
         """Take out the cache with the longest beginning of `tokens`, cut to it; returns it and the
-        beginning's length, or None and 0. A cache that would lose more tokens than it gives stays
-        as it is, if it fits into `spare_bytes`."""
+        beginning's length, or None and 0. A cache of which less than half would be of use stays
+        whole for its own chat, if it fits into `spare_bytes`."""
         shared = {cache: len(os.path.commonprefix([cache.tokens, tokens]))
                   for cache in self._caches if cache.adapter is self._adapter}
         usable = [cache for cache, length in shared.items()

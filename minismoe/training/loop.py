@@ -53,9 +53,10 @@ class TrainConfig:
     checkpoint_every: int = flag(
         200, "optimizer steps (default: %(default)s)", flags.positive, metavar="N")
     keep: str = flag(
-        "best", "the experts of the step that does best on validation lines (default): with the "
-        f"most right answers to {ENOUGH} lines or more, of long answers with the least loss, else "
-        "the last step; or always of the last step", choices=("best", "last"))
+        "best", "which step's experts are kept. best (default): with short answers, the step with "
+        f"most right answers to validation lines, if there are {ENOUGH} or more; with long "
+        "answers, the step with the least loss of them; else the last step. last: always the last",
+        choices=("best", "last"))
     patience: int | None = flag(
         None, "end after N measures of validation lines without a better one (default: never)",
         flags.positive, metavar="N")

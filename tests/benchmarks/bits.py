@@ -16,10 +16,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
 import torch
 from compare_report import table
+from mixture import merge
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,7 +36,6 @@ from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.ship import fits_to_make, freeze_and_round
 from minismoe.io.flags import above_zero, positive
 from minismoe.method.bits import spend, total
-from minismoe.method.freeze import merge
 from minismoe.method.loss import supervised_losses, supervised_tokens
 from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.model.decoder import CausalLM

@@ -14,7 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
+
+from mixture import merge
 
 import export
 from minismoe.export.calibration import calibration_batches, shuffled_samples
@@ -22,7 +24,7 @@ from minismoe.export.part import sharing_copy
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.ship import fits_to_make, freeze_and_round
 from minismoe.io.text import clean, table
-from minismoe.method.freeze import Fit, merge
+from minismoe.method.freeze import Fit
 from minismoe.training.evaluate import evaluate, questions
 
 

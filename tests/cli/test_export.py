@@ -20,6 +20,7 @@ import onnx.numpy_helper
 import pytest
 import torch
 from exported import ship
+from mixture import merge
 from onnxruntime import OrtValue
 from safetensors.torch import load_file, save_file
 from tiny import edit_tensors, randomise, save_bytes_model, write_lines
@@ -52,7 +53,7 @@ from minismoe.io import progress
 from minismoe.io.files import read_json, write_json
 from minismoe.method.allocation import Allocation
 from minismoe.method.experts import add_experts, expert_layers, linear_layers
-from minismoe.method.freeze import Fit, merge
+from minismoe.method.freeze import Fit
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
 from minismoe.model.decoder import CausalLM
 from minismoe.model.quantize import BlockLinear
@@ -740,7 +741,7 @@ def test_damage_after_the_exact_check_is_seen_in_the_session_that_ships(
 
 def test_a_session_that_multiplies_floats_has_no_room_for_rounded_activations() -> None:
     """q8 stores 8 bits, of which a session makes floats as it loads."""
-    explained = {name: verify.rounding_explains(ExportConfig(precision=name)) for name in (
+    explained = {name: verify.tolerance(ExportConfig(precision=name)) for name in (
         "fp32", "q8", "int8", "q4f16")}
     assert explained["q8"] == explained["fp32"] < 1e-3 < explained["int8"] == explained["q4f16"]
 

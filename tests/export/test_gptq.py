@@ -12,7 +12,7 @@ import torch
 from exported import rounded
 from hypothesis import given
 from hypothesis import strategies as st
-from mixture import COUNTS, V, model_of, tasks
+from mixture import COUNTS, V, merge, model_of, tasks
 from torch import Tensor
 
 from minismoe.export import calibration
@@ -22,7 +22,7 @@ from minismoe.export.layers import put_weight
 from minismoe.export.part import sharing_copy
 from minismoe.export.weights import GraphFormat
 from minismoe.method.experts import expert_layers
-from minismoe.method.freeze import exact, merged_layer
+from minismoe.method.freeze import exact
 from minismoe.method.reads import gram
 from minismoe.model.quantize import (
     BlockEmbedding,
@@ -167,8 +167,7 @@ def test_matrices_of_a_group_may_have_bits_of_their_own(model: Any, tmp_path: Pa
     """The chosen ones: q is a product of its own, and the rest of the group another."""
     name = "model.layers.0.self_attn.q_proj"
     form, tree = GraphFormat("ort", "int4", 64), sharing_copy(model)
-    for other, layer in expert_layers(tree).items():
-        tree.set_submodule(other, merged_layer(layer, exact(layer)))
+    merge(tree, {other: exact(layer) for other, layer in expert_layers(tree).items()})
     tree = rounded(tree, form)
     put_weight(tree, name, BlockWeight(quantize(model.get_submodule(name).weight, 8, 64),
                                        torch.float32))

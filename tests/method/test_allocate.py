@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from minismoe import reference
 from minismoe.method.allocate import STRATEGIES, Allocation, allocate, grouped
+from minismoe.method.allocation import MOST
 
 KINDS = ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj")  # by name
 Model = tuple[dict[str, dict[str, float]], dict[str, tuple[int, int]]]
@@ -182,6 +183,11 @@ def test_uniform_gives_each_matrix_the_same_share_of_all_tasks(model: Model, kee
     scores, shapes = model
     found = allocate(scores, strategy="uniform", keep=keep).experts
     assert found == dict.fromkeys(shapes, max(1, int(keep * len(scores) + 0.5 + 1e-9)))
+
+
+def test_a_budget_beyond_the_most_uniform_experts_gives_the_most() -> None:
+    found = allocate(GOOD, strategy="uniform", shapes=Probed.shapes, budget_params=10 ** 9)
+    assert found.experts == dict.fromkeys(Probed.shapes, MOST)
 
 
 def test_lora_has_the_rank_that_is_given() -> None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mixture import COUNTS, ROUTED, D, Data, batch, fit, frozen, model_of, tasks
-from tiny import plain, randomise
+from mixture import COUNTS, ROUTED, D, Data, batch, fit, frozen, merge, model_of, tasks
+from tiny import plain
 from torch import Tensor, nn
 
 from minismoe import reference
 from minismoe.export.calibration import Calibration
-from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
+from minismoe.method.experts import ExpertLinear, expert_layers
 from minismoe.method.freeze import (
     RIDGES,
     Fit,
@@ -22,7 +22,6 @@ from minismoe.method.freeze import (
     constant_gates,
     exact,
     linear,
-    merge,
     merged,
     no_fits,
     solve,
@@ -240,22 +239,6 @@ def test_one_expert_is_exact() -> None:
     torch.testing.assert_close(expert_layers(alone)["model.layers.0.self_attn.v_proj"](x), layer(x))
 
 
-def test_merging_three_times_equals_once() -> None:
-    model = model_of(dtype=torch.float32)
-    fits, before = fit(model, tasks())[None], model_of(dtype=torch.float32)
-    merge(model, fits)
-    once = copy.deepcopy(model.state_dict())
-    merge(model, fits)
-    merge(model, fits)
-    assert all(torch.equal(v, once[k]) for k, v in model.state_dict().items())
-    for name, layer in expert_layers(before).items():
-        found = model.get_submodule(name)
-        assert type(found) is nn.Linear and not found.weight.requires_grad
-        assert torch.equal(found.weight, merged(layer.weight, fits[name]))
-        torch.testing.assert_close(
-            found.weight, layer.weight + fits[name].lora_B @ fits[name].lora_A)
-
-
 def test_bfloat16_is_merged_in_float32_and_rounded_once() -> None:
     model = model_of(dtype=torch.bfloat16)
     fits = fit(model, tasks())[None]
@@ -288,23 +271,3 @@ def test_what_is_not_finite_is_refused_by_name() -> None:
         getattr(expert_layers(model)[lost], part).data[0, 0] = torch.nan
         with pytest.raises(ValueError, match=f"^{lost}: .* is not finite"):
             fit(model, tasks())
-
-
-def test_missing_fits_are_named_before_anything_changes() -> None:
-    model = model_of()
-    fits = fit(model, tasks())[None]
-    lost = "model.layers.1.mlp.down_proj"
-    del fits[lost]
-    with pytest.raises(ValueError, match=lost):
-        merge(model, fits)
-    assert [len(layer.lora_A) for layer in expert_layers(model).values()] == list(COUNTS.values())
-
-
-def test_merging_keeps_the_bias() -> None:
-    model = randomise(add_experts(nn.Sequential(nn.Linear(8, 6)).double(), {"0": 1}, rank=2))
-    x = torch.randn(5, 8, dtype=torch.float64)
-    with torch.no_grad():
-        wanted = model(x)
-        merge(model, {"0": exact(model[0])})
-        assert type(model[0]) is nn.Linear
-        torch.testing.assert_close(model(x), wanted)

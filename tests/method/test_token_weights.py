@@ -74,8 +74,8 @@ def test_a_gram_matrix_counts_tokens_by_their_weights() -> None:
     calibration = Calibration(MODEL, {"a": [texts_of("right")]})
     calibration.weigh()
     for names, x in calibration.run_layer(0).items():
-        w = sum(calibration.weights[name] for name in names) * calibration.times.sum()
-        w /= sum(calibration.weights[name].sum() for name in names)
+        w = sum(calibration.token_weights[name] for name in names) * calibration.times.sum()
+        w /= sum(calibration.token_weights[name].sum() for name in names)
         rows = x * (EVEN * calibration.times + (1 - EVEN) * w).sqrt()[:, None]
         torch.testing.assert_close(calibration.factor(names, x), factor(rows))
 
@@ -86,7 +86,7 @@ def test_texts_without_answers_count_as_often_as_they_are_there() -> None:
     calibration.weigh()
     (names, x), *_ = calibration.run_layer(0).items()
     rows = x * calibration.times.sqrt()[:, None]
-    assert x is not None and not calibration.weights
+    assert x is not None and not calibration.token_weights
     torch.testing.assert_close(calibration.factor(names, x), factor(rows))
 
 
@@ -96,5 +96,5 @@ def test_every_linear_layer_of_a_family_has_weights(family: str) -> None:
     model = CausalLM(Config.from_dict(SIZES | {"model_type": kind} | changes)).eval()
     calibration = Calibration(model.requires_grad_(False), {"a": [texts_of("right")]})
     calibration.weigh()
-    assert calibration.weights.keys() == {HEAD, *linear_layers(model)}
-    assert all(w.isfinite().all() and w.sum() > 0 for w in calibration.weights.values())
+    assert calibration.token_weights.keys() == {HEAD, *linear_layers(model)}
+    assert all(w.isfinite().all() and w.sum() > 0 for w in calibration.token_weights.values())

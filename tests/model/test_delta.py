@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from mixture import fit, frozen
+from mixture import fit, frozen, merge
 from tiny import close, padded, random_hf, randomise
 from torch import Tensor
 
 from minismoe.method.experts import add_experts, linear_layers
-from minismoe.method.freeze import merge
 from minismoe.method.reads import reads
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM

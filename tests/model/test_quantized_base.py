@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from mixture import merge
 from tiny import randomise
 
 from minismoe.data.tasks import Example
-from minismoe.method import freeze
 from minismoe.method.allocate import Allocation
-from minismoe.method.experts import add_experts, linear_layers
+from minismoe.method.experts import add_experts, expert_layers, linear_layers
+from minismoe.method.freeze import exact
 from minismoe.method.sensitivity import probe
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
 from minismoe.model.decoder import CausalLM
@@ -101,5 +102,5 @@ def test_adapter_returns_to_its_base_in_any_form(checkpoint: Make, tmp_path: Pat
         routed = model(ids)
         if bits:
             assert torch.equal(routed, trained(ids))
-        freeze.merge(model, {n: freeze.exact(m) for n, m in freeze.expert_layers(model).items()})
+        merge(model, {n: exact(m) for n, m in expert_layers(model).items()})
         torch.testing.assert_close(model(ids), routed, rtol=1e-4, atol=1e-4)
