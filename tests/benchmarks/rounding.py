@@ -51,10 +51,10 @@ USUAL, SMALL = "--precision int4-8 --block 32", "--precision int4 --block 128"
 # Flags of export.py; lines of each task to calibrate on; the share of a token's count that is not
 # by its weight.
 WAYS = {"alike, 64 lines: 4 bits of 32, head 8": (USUAL, 64, 1.0),
-        "alike, 64 lines: all 4 bits of 128": (SMALL, 64, 1.0),
         "alike: 4 bits of 32, head 8": (USUAL, 10 ** 6, 1.0),
         "weighted: 4 bits of 32, head 8": (USUAL, 10 ** 6, calibration.EVEN),
         "weighted: all 4 bits of 32": ("--precision int4", 10 ** 6, calibration.EVEN),
+        "weighted: all 4 bits of 64": ("--precision int4 --block 64", 10 ** 6, calibration.EVEN),
         "weighted: all 4 bits of 128": (SMALL, 10 ** 6, calibration.EVEN)}
 COLUMNS = ("exact", "NLL", "KL")
 Line = tuple[float, float, float]
