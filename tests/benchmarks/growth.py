@@ -72,7 +72,7 @@ def commands(model: Path, work: Path, data: str, tasks: str) -> dict[str, list[s
                   "--limit-test", "4", "--epochs", "1", "--samples", "8", "--dtype", dtype,
                   "--out", str(work / "run")],
         "export": ["export.py", str(work / "run"), "--out", str(work / "ours")],
-        "decode": [*decode, "--side", "merged", "--child", str(work / "ours")],
+        "decode": [*decode, "--side", "int4", "--child", str(work / "ours")],
         "PEFT": [str(bench / "train_speed.py"), *given, "--tasks", tasks, "--batch-size", "8",
                  "--experts", "2", "--side", "peft", "--dtype", dtype],
         "builder": ["-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o",

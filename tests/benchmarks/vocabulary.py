@@ -127,7 +127,7 @@ def decoded(folders: dict[Any, Path], rounds: int) -> dict[Any, dict[str, float]
     for _ in range(rounds):
         for key, folder in folders.items():
             done = subprocess.run(
-                [sys.executable, decode_speed.__file__, "--model", "", "--side", "merged",
+                [sys.executable, decode_speed.__file__, "--model", "", "--side", "int4",
                  "--child", str(folder)], stdout=subprocess.PIPE, check=True,
                 env={**os.environ, "STARTED": str(time.time())})
             seen[key].append(json.loads(done.stdout.splitlines()[-1]))
