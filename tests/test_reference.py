@@ -29,7 +29,7 @@ from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
 from minismoe.model.quantize import quantize
 from minismoe.training.evaluate import generate
-from minismoe.training.loop import TrainConfig, schedule, train
+from minismoe.training.loop import TrainConfig, all_batches, train
 
 FILE = Path(reference.__file__)
 TOY = FILE.parent / "data" / "toy_base"
@@ -216,7 +216,7 @@ def test_training_equals_the_package(base: Path, tmp_path: Path) -> None:
     samples = {(task, i): s for task in tasks for i, s in enumerate(tasks[task])}
     cfg = TrainConfig(epochs=2, lr=4e-3)
     examples = [example(task, s, i) for (task, i), s in samples.items()]
-    batches = [[samples[e.task, e.index] for e in batch] for batch in schedule(examples, cfg)]
+    batches = [[samples[e.task, e.index] for e in batch] for batch in all_batches(examples, cfg)]
     train(ours, examples, cfg, tmp_path, 258)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     curve = reference.train(model, batches, peak=4e-3)

@@ -82,7 +82,7 @@ def with_defaults(cfg: TrainConfig, model: CausalLM, examples: Sequence[Example]
                            if getattr(cfg, name) is None})
 
 
-def schedule(examples: Sequence[Example], cfg: TrainConfig) -> list[list[Example]]:
+def all_batches(examples: Sequence[Example], cfg: TrainConfig) -> list[list[Example]]:
     """The batches of all epochs, a number; a resumed run computes the same ones."""
     return [batch for epoch in range(cfg.epochs or 0)
             for batch in bucket(examples, cfg.batch_size, cfg.seed * 1000 + epoch)]
@@ -248,7 +248,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     measured first, as they may be the best. Raises Interrupted after a signal, once the step is
     saved; ValueError for another run's checkpoint; ArithmeticError for a loss not finite."""
     cfg = with_defaults(cfg, model, examples)
-    batches, peak = schedule(examples, cfg), cfg.lr or 0.0
+    batches, peak = all_batches(examples, cfg), cfg.lr or 0.0
     trainer = Trainer(model, cfg, pad_id, valid)
     state = trainer.begin(run, batches, resume, continued)
     steps, first, every = len(batches), state["step"], math.ceil(len(batches) / MEASURES)
