@@ -132,13 +132,13 @@ def recorded() -> list[dict[str, Any]]:
 
 
 def means() -> dict[tuple[str, str, int, str], dict[str, Any]]:
-    """The mean over draws and tasks, by base, tasks, lines and flags."""
+    """The mean over draws and tasks, by base, tasks, lines and flags; not all draws are shipped."""
     groups = defaultdict[tuple[str, str, int, str], list](list)
     for line in recorded():
         groups[line["base"], line["tasks"], line["lines"], line["flags"]].append(line)
     return {key: {"draws": len(lines), **{
-        name: fmean(fmean(line[name].values()) for line in lines)
-        for name in ("exact", "shipped", "loss") if all(name in line for line in lines)}, **{
+        name: fmean(fmean(line[name].values()) for line in lines if name in line)
+        for name in ("exact", "shipped", "loss") if any(name in line for line in lines)}, **{
         name: fmean(line[name] for line in lines) for name in ("steps", "seconds")
         if all(name in line for line in lines)}} for key, lines in groups.items()}
 
