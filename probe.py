@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     allocating = probing.without_small(allocating, inputs := load_inputs(config))
     probing.known_allocation(allocating, inputs)                     # finds flags that are wrong
     with script.working_in(run, f"{script.command('probe')} {shlex.join(argv)}"):
-        scores = probing.measure(allocating, inputs)
+        scores = probing.run_probe(allocating, inputs)
         for name in ("allocation.json", "allocation.svg"):
             (run / name).unlink(missing_ok=True)         # of an earlier probe, with other scores
         write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))

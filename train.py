@@ -92,7 +92,7 @@ def give_experts(config: flags.RunConfig, inputs: Inputs, seconds: dict[str, flo
     allocation = probing.known_allocation(allocating, inputs)
     if allocation is None:
         now = time.perf_counter()
-        scores = probing.measure(allocating, inputs,
+        scores = probing.run_probe(allocating, inputs,
                                  min(probing.PROBE_BATCH, config.training.micro))
         allocation = probing.choose(allocating, scores)
         seconds["probe"] = round(time.perf_counter() - now, 2)

@@ -97,7 +97,7 @@ def with_file(allocating: AllocationConfig, file: str | Path) -> AllocationConfi
         return replace(allocating, fixed=Allocation.from_json(value))
 
 
-def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATCH) -> Scores:
+def run_probe(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATCH) -> Scores:
     """Probe all tasks, `size` samples at once, with a bar; print how far the result can be trusted.
     Raises ArithmeticError for gradients that are not finite."""
     batches = [(name, batch) for name, e in inputs.encoded.items() for batch in probe_batches(

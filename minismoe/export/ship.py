@@ -12,7 +12,7 @@ from ..io.progress import progress_bar
 from ..io.text import clean
 from ..method.experts import expert_layers, linear_layers
 from ..method.freeze import TaskFits, no_fits
-from ..method.hooks import measuring
+from ..method.hooks import frozen
 from ..model.checkpoint import load_adapter, load_model
 from ..model.decoder import CausalLM
 from ..model.quantize import WideWeight
@@ -67,7 +67,7 @@ def freeze_and_round(parts: Sequence[Part], model: CausalLM, batches: Batches, f
     to_fit = any(routed(linears[name]) for of_task in fits.values() for name in of_task)
     to_round = any(map(in_4_bits, (*linears, head)))
     texts = Calibration(model, batches if to_fit or to_round else {})
-    with measuring(model):
+    with frozen(model):
         if to_round:
             texts.weigh()
         for number in progress_bar(range(len(model.model.layers)), "freeze and round",

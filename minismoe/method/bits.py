@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .hooks import measuring
+from .hooks import frozen
 from .loss import CHUNK
 
 TOKENS = 6144                    # of the texts, on which harm is measured: 1460 chose worse
@@ -39,7 +39,7 @@ def harms(model: Any, options: Mapping[str, Options], batches: Iterable[Sequence
     """
     generator, tokens = torch.Generator().manual_seed(seed), 0
     squares = {name: torch.zeros(len(ways)).double() for name, ways in options.items()}
-    with measuring(model):
+    with frozen(model):
         for ids, mask, *_ in batches:
             for name, sums in sample_sums(model, options, ids, mask, generator).items():
                 squares[name] += sums.cpu().double().square().sum(0)       # MPS has no float64

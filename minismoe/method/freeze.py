@@ -73,7 +73,7 @@ def solve(layers: Mapping[str, ExpertLinear], x: Tensor, held: Tensor, times: Te
             continue
         c = constant_gates(layer, h[~held], gh[~held])
         A = A * c.to(A).repeat_interleave(r)[:, None]
-        best[name] = measured(layer, A, "gates", unseen, gh[held])
+        best[name] = judged(layer, A, "gates", unseen, gh[held])
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: what the mixture reads or writes on the calibration "
                          "samples is not finite: freeze with --dtype float32, or train again with "
@@ -81,7 +81,7 @@ def solve(layers: Mapping[str, ExpertLinear], x: Tensor, held: Tensor, times: Te
     starts = [start.lora_A.to(x) for start in best.values()]
     for As in linear(starts, fitted, [gh[~held] for gh in targets.values()]):
         for (name, layer), A in zip(layers.items(), As):
-            found = measured(layer, A, "linear", unseen, targets[name][held])
+            found = judged(layer, A, "linear", unseen, targets[name][held])
             if found.residual < best[name].residual:
                 best[name] = found
     return best
@@ -119,7 +119,7 @@ def linear(starts: Sequence[Tensor], x: Tensor, targets: Sequence[Tensor]) -> It
             yield [A + change for A, change in zip(starts, changes)]
 
 
-def measured(layer: ExpertLinear, A: Tensor, kind: str, x: Tensor, gh: Tensor) -> Fit:
+def judged(layer: ExpertLinear, A: Tensor, kind: str, x: Tensor, gh: Tensor) -> Fit:
     """The fit A (R, D), with its residual on tokens x (T, D) whose gated h are gh (T, R)."""
     K, wanted, missed = _outputs(layer), to_float64(gh), to_float64(gh - x @ A.T)
     energy = (wanted @ K * wanted).sum()

@@ -16,7 +16,7 @@ def hooked(layers: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[N
 
 
 @contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Meanwhile the model is in evaluation mode, and no parameter asks for a gradient."""
     with ExitStack() as afterwards:
         for parameter in model.parameters():

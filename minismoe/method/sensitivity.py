@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import linear_layers, packs_tokens
-from .hooks import measuring
+from .hooks import frozen
 from .loss import supervised_losses, to_device
 
 
@@ -58,7 +58,7 @@ def probe(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]]) -> 
     Raises ValueError for a task without a batch.
     """
     scores, layers = Scores(shapes_of(model)), linear_layers(model)
-    with measuring(model):
+    with frozen(model):
         for task, batches in tasks.items():
             for batch in batches:
                 scores.add(task, sample_norms(model, layers, *batch).cpu().double())

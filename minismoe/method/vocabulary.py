@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .hooks import measuring
+from .hooks import frozen
 from .loss import CHUNK
 
 PLACEHOLDER = re.compile(r"unused|reserved")
@@ -115,7 +115,7 @@ def expected(model: Any, batches: Iterable[Sequence[Tensor]]) -> Tensor:
     """
     head = model.lm_head.weight
     highest = torch.zeros(len(head), device=head.device)
-    with measuring(model):
+    with frozen(model):
         for ids, mask, *_ in batches:
             output = model.model(input_ids=ids.to(head.device), attention_mask=mask)
             hidden = getattr(output, "last_hidden_state", output)[mask.to(head.device).bool()]

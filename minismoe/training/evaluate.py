@@ -24,7 +24,7 @@ from .copies import multiplying_copies
 Result = TypeVar("Result")
 
 
-class Fitting:
+class HalvingBatch:
     """How many examples are computed at once; `work`, such as "training", says in what."""
 
     def __init__(self, size: int, work: str):
@@ -45,10 +45,10 @@ class Fitting:
                 torch.cuda.empty_cache()
 
 
-def evaluating(micro: int) -> Fitting:
+def evaluating(micro: int) -> HalvingBatch:
     """For evaluation, which keeps nothing for a backward pass: more fit at once than the `micro`
     examples of training."""
-    return Fitting(min(32, 4 * micro), "evaluation")
+    return HalvingBatch(min(32, 4 * micro), "evaluation")
 
 
 def alike(lengths: Sequence[int], size: int) -> list[list[int]]:

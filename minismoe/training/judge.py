@@ -7,7 +7,7 @@ from typing import Any
 from ..data.tasks import Example
 from ..data.tokenizer import Tokenizer
 from ..model.decoder import CausalLM
-from .evaluate import Fitting, Questions, evaluate, generate, token_scores
+from .evaluate import HalvingBatch, Questions, evaluate, generate, token_scores
 
 # As before.json and after.json hold it: "loss" (nats, the mean over the supervised tokens of test
 # lines) and "token_accuracy", None without a test line; "samples", each of prompt, expected and
@@ -17,7 +17,7 @@ SHOWN, LONGEST_SHOWN = 5, 64         # prompts whose answers are shown, and toke
 
 
 def judge(model: CausalLM, tokenizer: Tokenizer, asked: Questions, examples: Sequence[Example],
-          exact: bool, shown: int, fitting: Fitting,
+          exact: bool, shown: int, fitting: HalvingBatch,
           progress: Callable[[int], Any] = lambda lines: None) -> Judgement:
     """Judge `model` by the loss of a task's test lines, as examples; with `exact`, by its answers
     to what is asked, too, of which the first `shown` are kept as samples."""

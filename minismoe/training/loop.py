@@ -26,7 +26,7 @@ from ..method.loss import head_losses
 from ..model.decoder import CausalLM
 from ..model.tokens import to_device_together
 from .copies import Copies
-from .evaluate import Fitting, evaluating, supervised, token_scores
+from .evaluate import HalvingBatch, evaluating, supervised, token_scores
 from .resume import TrainingState, first_state, save_checkpoint
 from .schedule import defaults, learning_rate
 
@@ -102,7 +102,7 @@ class Trainer:
         # Of short answers, the loss rises by overconfidence while more of them become right.
         self.by_answers = are_short([e.supervised for e in valid])
         self.chooses = cfg.keep == "best" and (len(valid) >= ENOUGH or not self.by_answers)
-        self.fitting, self.evaluating = Fitting(cfg.micro, "training"), evaluating(cfg.micro)
+        self.fitting, self.evaluating = HalvingBatch(cfg.micro, "training"), evaluating(cfg.micro)
         self.copies, self.device = Copies(model), model.lm_head.weight.device
         self.parameters = {n: p for n, p in expert_parameters(model).items() if p.requires_grad}
         self.best: dict[str, Tensor] = {}

@@ -196,7 +196,7 @@ def test_what_was_probed_is_not_written_over(inputs, tmp_path, succeed, fails) -
 def test_a_run_that_came_meanwhile_is_left_as_it_is(inputs, tmp_path, fails, succeed, monkeypatch,
                                                     named) -> None:
     """An --out that was named is refused; else the run takes another name."""
-    run, measure = tmp_path / "runs" / "model-1", probing.measure
+    run, measure = tmp_path / "runs" / "model-1", probing.run_probe
 
     def slowly(*args):
         run.mkdir(parents=True)
@@ -204,7 +204,7 @@ def test_a_run_that_came_meanwhile_is_left_as_it_is(inputs, tmp_path, fails, suc
         return measure(*args)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(probing, "measure", slowly)
+    monkeypatch.setattr(probing, "run_probe", slowly)
     if named:
         fails(train.main, *inputs, *QUICK, "--out", run, says="holds a run already")
     else:

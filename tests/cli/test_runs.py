@@ -216,7 +216,7 @@ def measured(monkeypatch, count: int, **flags: object) -> list[list[float]]:
         "t": [Example("t", [i], [i]) for i in range(count)]})
     monkeypatch.setattr(probing, "probe", lambda _, tasks: SimpleNamespace(
         samples={"t": norms[tasks["t"][0][0][:, 0]]}))
-    return probing.measure(AllocationConfig(**flags), data).samples["t"].tolist()
+    return probing.run_probe(AllocationConfig(**flags), data).samples["t"].tolist()
 
 
 def test_the_seed_draws_the_samples(monkeypatch) -> None:
