@@ -37,6 +37,7 @@ from minismoe.export import (
     layouts,
     plan,
     ranges,
+    rounding,
     scores,
     verify,
     write,
@@ -515,22 +516,26 @@ def test_prompts_come_from_the_whole_file_and_end_where_the_model_does(run: Path
     assert all(len(e.ids) == len(e.labels) for e in lines)
 
 
-def test_harm_is_measured_on_lines_that_the_run_was_not_trained_on(run: Path) -> None:
+def test_harm_is_measured_on_lines_that_the_run_was_not_trained_on(
+        run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the task that is exported: its validation lines, or training lines if it has none."""
     config = ExportConfig(run=str(run), precision="int4-8", size=0.0225, task="twice")
     source = export.load_run(config)
+    measured: list[dict[str, list[float]]] = []
+    harm_of = rounding.harm_of
+    monkeypatch.setattr(rounding, "harm_of",
+                        lambda *given: measured.append(harm_of(*given)) or measured[-1])
 
-    def bits(**unseen: Sequence[Example]) -> dict[str, int]:
+    def harm(**unseen: Sequence[Example]) -> dict[str, list[float]]:
         given = replace(source, unseen=unseen)
-        (part,) = shipping.ship([config], given, given.trained, shuffled_samples(config, given))
-        return {name: layer.weight.blocks.bits for name, layer in part.shipped.named_modules()
-                if isinstance(layer, BlockLinear)}
+        shipping.ship([config], given, given.trained, shuffled_samples(config, given))
+        return measured[-1]
 
     trained_on = source.examples["twice"]
     lines = trained_on[:5]
     noise = [replace(e, ids=[13 * i % 256 for i in e.ids]) for e in lines]
-    assert bits(twice=lines) == bits(twice=lines, number=noise) != bits(twice=noise)
-    assert bits() == bits(twice=trained_on)
+    assert harm(twice=lines) == harm(twice=lines, number=noise) != harm(twice=noise)
+    assert harm() == harm(twice=trained_on) != harm(twice=lines)
 
 
 def test_activations_of_prompts_are_those_of_their_answers_too(
