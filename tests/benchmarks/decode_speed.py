@@ -2,14 +2,16 @@
 
 Merged experts are also compared with frozen ones beside the base and with routed ones.
 
-    python tests/benchmarks/decode_speed.py --model SMOLLM2_135M [--gguf SMOLLM2_135M.Q4_1.gguf]
+    python tests/benchmarks/decode_speed.py --model SMOLLM2_135M \
+        [--beside SMOLLM2_135M.Q4_0.gguf SMOLLM2_135M.Q4_K_M.gguf EXPORTED]
 
 All sides get the same prompt and number of threads. int4 is the default of exports, in blocks
 of 32 as genai's; int4-8 stores embedding and head in 8 bits.
 Each measurement runs in a process of its own, the sides in turn. Prints medians over rounds, and
 ratios within a round. Peers come with `pip install 'minismoe[bench]'`: onnxruntime-genai with
-onnx_ir (its model builder) and llama-cpp-python, whose GGUF file llama.cpp's convert_hf_to_gguf.py
-writes. A peer that is not installed is left out.
+onnx_ir (its model builder), left out if it is not installed, and llama-cpp-python. --beside takes
+GGUF files, which llama.cpp's convert_hf_to_gguf.py and llama-quantize write, and folders that
+export.py wrote, as with --vocab 32768.
 """
 
 import argparse
@@ -35,7 +37,7 @@ MERGED = {"int4": ("int4", 32), "int4-64": ("int4", 64), "int4-128": ("int4", 12
 OURS = (*MERGED, "frozen", "dynamic")
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog asks why it should be. " * 40
 REACH = [("int4", "int4-8", "rate", 1.1), ("int4", "genai", "rate", 1.0),
-         ("int4", "llama", "rate", 1.0), ("frozen", "int4", "rate", 0.80),
+         ("frozen", "int4", "rate", 0.80),
          ("dynamic", "int4", "rate", 0.60),
          ("int4", "genai", "prefill28", 1.0), ("int4", "genai", "prefill512", 1.0)]
 
@@ -84,7 +86,8 @@ def llama(file: Path, threads: int) -> tuple[list[int], Read]:
 
 def child(side: str, folder: Path, threads: int, tokens: int) -> None:
     """Measure one side in this process and print the result as JSON."""
-    ids, read = {"genai": genai, "llama": llama}.get(side, ours)(folder, threads)
+    measured = llama if folder.suffix == ".gguf" else genai if side == "genai" else ours
+    ids, read = measured(folder, threads)
     times: list[float] = []
     for _, _ in zip(range(tokens), read(ids[:28])):
         times.append(time.time())
@@ -151,8 +154,6 @@ def prepare(args: argparse.Namespace, root: Path) -> dict[str, Path]:
          "--extra_options", "int4_block_size=32", "int4_accuracy_level=4"], capture_output=True)
     if made.returncode == 0:
         folders["genai"] = root / "genai"
-    if args.gguf:
-        folders["llama"] = Path(args.gguf)
     return folders
 
 
@@ -160,7 +161,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder")
-    parser.add_argument("--gguf", help="the same model in 4 bits, for llama.cpp")
+    parser.add_argument("--beside", nargs="+", default=[], type=Path, metavar="PATH",
+                        help="GGUF files for llama.cpp, and folders of exports, to measure too")
     parser.add_argument("--work", help="keep the exported folders here, and reuse them")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=128, help="decoded a process")
@@ -183,6 +185,7 @@ def main() -> None:
                 listed.write_text(json.dumps(
                     {side: str(path) for side, path in prepare(args, root).items()}))
             folders = {side: Path(path) for side, path in json.loads(listed.read_text()).items()}
+            folders |= {path.stem: path for path in args.beside}
             report(args, {s: p for s, p in folders.items()
                           if not args.sides or s in args.sides.split(",")})
 
@@ -198,19 +201,19 @@ def report(args: argparse.Namespace, folders: dict[str, Path]) -> None:
             results.append(json.loads(run.stdout.splitlines()[-1]))
     print(f"{args.threads} threads, {args.rounds} rounds; tokens/s decoded after a prompt of 28, "
           "and read at 28 and 512; s to the first token; peak MB and model file MB")
-    print("side       decode  read 28  read 512  first   peak   file   decode by round")
+    print("side              decode  read 28  read 512  first   peak   file   decode by round")
     for side, results in seen.items():
         middle = {k: statistics.median(r[k] for r in results) for k in results[0]}
         path = folders[side]
         size = sum(f.stat().st_size for f in (path.glob("model.onnx*") if path.is_dir()
                                               else [path])) / 1e6
-        print(f"{side:9} {middle['rate']:7.0f} {middle['prefill28']:8.0f} "
+        print(f"{side:16} {middle['rate']:7.0f} {middle['prefill28']:8.0f} "
               f"{middle['prefill512']:9.0f} {middle['first']:6.2f} {middle['peak']:6.0f} "
               f"{size:6.0f}   " + " ".join(f"{r['rate']:.0f}" for r in results))
-    for a, b, key, reach in REACH:
+    for a, b, key, reach in REACH + [("int4", path.stem, "rate", 1.0) for path in args.beside]:
         if a in seen and b in seen:
             ratio = statistics.median(x[key] / y[key] for x, y in zip(seen[a], seen[b]))
-            print(f"{a:9} / {b:7} {key:11} {ratio:5.2f}   (to reach: {reach})")
+            print(f"{a:9} / {b:16} {key:11} {ratio:5.2f}   (to reach: {reach})")
 
 
 if __name__ == "__main__":

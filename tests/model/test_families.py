@@ -316,7 +316,7 @@ def test_peft_adapts_the_text_of_a_model_with_images(kind: str, tmp_path: Path) 
     want = model(ids)
     assert (hf(ids).logits - want).abs().max() > 1e-3 * want.abs().max()
     found = peft.PeftModel.from_pretrained(hf, folder)(ids).logits
-    assert (found - want).abs().max() <= 5e-5 * want.abs().max()
+    assert (found - want).abs().max() <= 1e-4 * want.abs().max()
 
 
 @torch.no_grad()

@@ -213,7 +213,7 @@ def test_experts_that_were_better_before_are_kept(tmp_path, monkeypatch) -> None
     before, validate, calls = tiny(), Trainer.validate, []
     monkeypatch.setattr(Trainer, "validate", lambda *a: calls.append(1) or validate(*a))
     for resume in False, True:
-        after, loss = overfitting(tmp_path, resume, True, lr=5.0, patience=2)
+        after, loss = overfitting(tmp_path, resume, True, lr=0.5, patience=2)
         assert [*measured(tmp_path)] == [0, 2, 4] and len(calls) == 3
         assert loss == pytest.approx(measured(tmp_path)[0], abs=1e-5)
         for (name, a), b in zip(before.named_parameters(), after.parameters()):
