@@ -68,8 +68,8 @@ def test_probe_speed_times_three_sides(inputs, capsys) -> None:
 
 
 def test_merging_has_a_row_for_the_mixture_and_for_its_fits(inputs, tmp_path, capsys) -> None:
-    train.main([*inputs, "--samples", "2", "--epochs", "20", "--lr", "0.03", "--rank", "2", "--out",
-                str(tmp_path / "run")])
+    train.main([*inputs, "--strategy", "uniform", "--budget-params", "9999", "--lr", "0.1",
+                "--epochs", "20", "--rank", "2", "--out", str(tmp_path / "run")])
     capsys.readouterr()
     merging.main([str(tmp_path / "run")])
     head, _, *rows = capsys.readouterr().out.splitlines()[-5:]
