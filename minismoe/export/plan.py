@@ -50,9 +50,7 @@ def with_precision(config: ExportConfig, has_texts: bool) -> ExportConfig:
         precision = "fp32"
     elif precision == "auto":
         npu_default = "w4a16" if config.size else "w8a16" if has_texts else "fp16"
-        # Only lines with answers tell what 4 bits of embedding and head must keep.
-        default = "int4-8" if config.model or config.prompts or config.size else "int4"
-        precision = npu_default if npu else "q8" if config.layout == "web" else default
+        precision = npu_default if npu else "q8" if config.layout == "web" else "int4-8"
     if config.size and not has_texts:
         raise ValueError("--size chooses bits by what texts show: export a RUN, or give "
                          "--prompts FILE")

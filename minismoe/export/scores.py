@@ -26,7 +26,7 @@ ADVICE = {
     TRIMMED: "keep more tokens (a larger --vocab, or none)",
     MERGED: "keep the mixtures (--layout onnx --routing dynamic), or calibrate on lines like those "
             "of the test (--prompts FILE)",
-    ROUNDED: "export with more bits (--precision int4-8, int8 or fp32)"}
+    ROUNDED: "export with more bits (--precision int4, int4-8, int8, fp32, in rising order)"}
 FIRST = 100              # test lines of a task that are answered first
 CHANCE = 0.05            # a loss is told if chance explains it less often than this
 

@@ -51,12 +51,11 @@ class ExportConfig:
     layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js with "
                        "a page to chat in a browser, peft, or transformers",
                        choices=("onnx", "genai", "web", "peft", "hf"))
-    precision: str = flag("auto", "how weights are stored. int4, int8: all alike. int4-8: 4 bits, "
-                          "embedding and head 8; with --size, 4 or 8 bits a matrix, as rounding "
-                          "costs it. q8: 8 bits with a scale a row, for browsers; q4f16: int4 with "
-                          "float16 activations, for WebGPU in browsers. w8a16, w4a16: for NPUs. "
-                          "auto (default): int4 for a RUN, int4-8 for a base or with --prompts, "
-                          "whose texts have no answers; for --layout web both q8 and q4f16, of "
+    precision: str = flag("auto", "how weights are stored. int4-8: 4 bits, embedding and head 8; "
+                          "with --size, 4 or 8 bits a matrix, as rounding costs it. int4, int8: "
+                          "all alike. q8: 8 bits with a scale a row, for browsers; q4f16: int4 "
+                          "with float16 activations, for WebGPU in browsers. w8a16, w4a16: for "
+                          "NPUs. auto (default): int4-8; for --layout web both q8 and q4f16, of "
                           "which the browser loads one",
                           choices=("auto", *PRECISIONS))
     block: int | None = flag(

@@ -5,8 +5,8 @@ Merged experts are also compared with frozen ones beside the base and with route
     python tests/benchmarks/decode_speed.py --model SMOLLM2_135M \
         [--beside SMOLLM2_135M.Q4_0.gguf SMOLLM2_135M.Q4_K_M.gguf EXPORTED]
 
-All sides get the same prompt and number of threads. int4 is the default of exports, in blocks
-of 32 as genai's; int4-8 stores embedding and head in 8 bits.
+All sides get the same prompt and number of threads. int4-8 is the default of exports, which
+stores embedding and head in 8 bits; int4 stores all in 4, in blocks of 32, as genai's does.
 Each measurement runs in a process of its own, the sides in turn. Prints medians over rounds, and
 ratios within a round. Peers come with `pip install 'minismoe[bench]'`: onnxruntime-genai with
 onnx_ir (its model builder), left out if it is not installed, and llama-cpp-python. --beside takes

@@ -438,7 +438,7 @@ def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path)
     before = {f: f.stat().st_mtime_ns for f in (run, *run.rglob("*"))}
     arguments = ship(tmp_path / "out", run)["arguments"]
     wanted = ExportConfig(
-        run="run", out=arguments["out"], context=128, precision="int4", block=32, device="cpu",
+        run="run", out=arguments["out"], context=128, precision="int4-8", block=32, device="cpu",
         dtype=read_json(run / "config.json")["arguments"]["dtype"])
     assert arguments == asdict(wanted)
     assert before == {f: f.stat().st_mtime_ns for f in (run, *run.rglob("*"))}
@@ -463,18 +463,16 @@ def test_the_dtype_is_the_runs_whatever_the_machine(run: Path, tmp_path: Path, s
 
 
 @pytest.mark.parametrize(("flags", "wanted"), [
-    ("--model base", ("int4-8", 32)), ("--routing dynamic", ("int4", 32)),
-    ("--model base --prompts x", ("int4-8", 32)), ("--prompts x", ("int4-8", 32)),
-    ("", ("int4", 32)),
-    ("--size 9", ("int4-8", None)),
+    ("--model base", ("int4-8", 32)), ("--routing dynamic", ("int4-8", 32)),
+    ("--model base --prompts x", ("int4-8", 32)), ("", ("int4-8", 32)), ("--size 9", ("int4-8", None)),
     ("--layout genai --size 9", ("int4-8", None)), ("--layout web --precision int4-8",
                                                     ("int4-8", 32)),
-    ("--routing freeze", ("int4", 32)), ("--target npu --size 9", ("w4a16", None)),
+    ("--routing freeze", ("int4-8", 32)), ("--target npu --size 9", ("w4a16", None)),
     ("--precision int4 --block 128", ("int4", 128)), ("--precision int8", ("int8", 32)),
-    ("--precision fp32", ("fp32", None)), ("--adapters", ("int4", 32)),
+    ("--precision fp32", ("fp32", None)), ("--adapters", ("int4-8", 32)),
     ("--precision fp16", ("fp16", None)), ("--layout hf", ("fp32", None)),
-    ("--target portable", ("int4", 32)), ("--block 64", ("int4", 64)),
-    ("--precision int4-8", ("int4-8", 32)), ("--layout genai", ("int4", 32)),
+    ("--target portable", ("int4-8", 32)), ("--block 64", ("int4-8", 64)),
+    ("--precision int4", ("int4", 32)), ("--layout genai", ("int4-8", 32)),
     ("--layout web --precision int4", ("int4", 32)),
     ("--target npu", ("w8a16", None)), ("--target npu --model base", ("fp16", None)),
     ("--target npu --precision w4a16", ("w4a16", 32))])
