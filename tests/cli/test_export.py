@@ -464,7 +464,8 @@ def test_the_dtype_is_the_runs_whatever_the_machine(run: Path, tmp_path: Path, s
 
 @pytest.mark.parametrize(("flags", "wanted"), [
     ("--model base", ("int4-8", 32)), ("--routing dynamic", ("int4-8", 32)),
-    ("--model base --prompts x", ("int4-8", 32)), ("", ("int4-8", 32)), ("--size 9", ("int4-8", None)),
+    ("--model base --prompts x", ("int4-8", 32)), ("", ("int4-8", 32)),
+    ("--size 9", ("int4-8", None)),
     ("--layout genai --size 9", ("int4-8", None)), ("--layout web --precision int4-8",
                                                     ("int4-8", 32)),
     ("--routing freeze", ("int4-8", 32)), ("--target npu --size 9", ("w4a16", None)),
