@@ -1,6 +1,6 @@
 """Calibration texts, and their way through the layers of a decoder.
 
-The hidden states of all texts are kept (4,000 tokens of 2,048 floats: 32 MB), so that each layer
+The hidden states of all texts are kept (8,000 tokens of 2,048 floats: 64 MB), so that each layer
 runs once on each batch. What the matrices of one layer read is in memory, and no other layer's.
 """
 
@@ -28,7 +28,7 @@ from .gptq import DAMPING, factor
 from .layers import HEAD, routed
 from .settings import ExportConfig, Source
 
-TOKENS, LONGEST = 4096, 512      # of all tasks together, and of a text: its last ones
+TOKENS, OF_TASK, LONGEST = 8192, 4096, 512   # of all tasks, of one, and of a text: its last ones
 BATCH = 32                       # texts at once
 EVEN = 0.1                       # the part of a token's count that no answer decides
 Samples = Mapping[str, Sequence[Example]]    # by task; those of --prompts have none
@@ -62,10 +62,10 @@ def unlabelled(file: str, source: Source) -> list[Example]:
 
 def calibration_batches(samples: Samples, source: Source) -> dict[str, list[Batch]]:
     """Padded batches of the first examples of each task: two at least, whose tokens are the task's
-    share of TOKENS. What a text and the one before begin with alike counts once."""
+    share of TOKENS or OF_TASK. What a text and the one before begin with alike counts once."""
     batches, pad_id = {}, source.tokenizer.pad_id
     for name, examples in samples.items():
-        chosen, left = list[Example](), TOKENS // len(samples)
+        chosen, left = list[Example](), min(OF_TASK, TOKENS // len(samples))
         for example in examples:
             cut = Example(name, example.ids[-LONGEST:], example.labels[-LONGEST:])
             shared = len(os.path.commonprefix([cut.ids, chosen[-1].ids])) if chosen else 0

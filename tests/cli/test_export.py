@@ -665,14 +665,17 @@ def test_calibration_takes_a_share_of_the_tokens(run: Path, monkeypatch) -> None
         task: len(examples) for task, examples in samples.items()}
     shared = len(source.tokenizer.encode(source.tokenizer.render([{"role": "user", "content": (
         "say ")}]))[0])
-    for tokens, longest in ((400, 512), (1, 512), (400, 5)):
+    for tokens, of_task, longest in (
+            (400, 999, 512), (1, 999, 512), (400, 999, 5), (999, 200, 512)):
         monkeypatch.setattr(calibration, "TOKENS", tokens)
+        monkeypatch.setattr(calibration, "OF_TASK", of_task)
         monkeypatch.setattr(calibration, "LONGEST", longest)
         for task, batches in calibration.calibration_batches(samples, source).items():
             rows = [ids[real.bool()].tolist() for b in batches for ids, real in zip(*b[:2])]
             assert {*map(tuple, rows)} <= {tuple(e.ids[-longest:]) for e in samples[task]}
             own = sum(map(len, rows)) - (len(rows) - 1) * min(shared, longest) * (longest > 5)
-            assert own - len(rows) <= max(tokens / 2, 99) and len(rows) >= 2     # a digit is shared
+            most = max(min(of_task, tokens / 2), 99)
+            assert own - len(rows) <= most and len(rows) >= 2                    # a digit is shared
             assert tokens == 1 or len(rows) > 5
 
 
