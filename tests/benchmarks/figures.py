@@ -250,7 +250,7 @@ def lines_needed(means: Mapping[tuple[str, str, int, str], Mapping[str, Any]]) -
         parts += [line(f"M{x} {y - 4}h14", color, wide), text(x + 20, y, base + (
             "" if wide > 2 else " + logistic regression"), size=12)]
     parts.append(text(52, y + 20, "exact match in % on test lines, over lines of training, mean of "
-                      "the draws; circles: the export in 4 bits", size=12, color=GREY))
+                      "the draws; circles: the default export", size=12, color=GREY))
     return card(y + 36, "Exact match by lines of training", parts)
 
 
