@@ -121,7 +121,7 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
                    for task in inputs.tasks if task.name not in judged}
     return Source(
         run, inputs.folder, whole.model.name, inputs.model, inputs.tokenizer, inputs.tasks,
-        inputs.encoded, inputs.valid, saved.system, judged)
+        inputs.encoded, saved.system, judged)
 
 
 def stored_on_cpus(settings: InputConfig, config: ExportConfig) -> InputConfig:

@@ -26,7 +26,6 @@ def main(argv: Sequence[str]) -> None:
                                   "probe and allocation": flags.AllocationConfig})
     parser.add_argument("--out", type=text, metavar="RUN", default="runs/probe",
                         help="folder to write to (default: %(default)s)")
-    parser.add_argument("--bits", action="store_true", help=probing.BITS_HELP)
     args = parser.parse_args(argv)
     run, allocating = Path(args.out), from_flags(flags.AllocationConfig, vars(args))
     if args.allocation:
@@ -36,9 +35,6 @@ def main(argv: Sequence[str]) -> None:
     config = resolve_auto(from_flags(flags.InputConfig, vars(args)))
     if config.show:
         print_examples(config, config.show)
-        return
-    if args.bits:
-        probing.print_bits(allocating, load_inputs(config))
         return
     if (run / "config.json").exists():
         raise FileExistsError(f"{run} is a run of train.py: its allocation would be lost. Choose "

@@ -235,7 +235,7 @@ def merge(model: Decoder, samples: Sequence[Sample]) -> dict[str, float]:
     model.mixtures.clear()
     return residuals
 
-# 5. Bits (ours). Blocks of 32 weights of a row share a scale, and become integers q of b bits:
+# 5. Few bits (ours). Blocks of 32 weights of a row share a scale, and become integers q of b bits:
 #    W_b  =  scale * q,   -2^(b-1) <= q < 2^(b-1),   where the largest weight gets q = -2^(b-1)
 def integers(W: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """q (out, in), int8, and scale (out, in / 32) of W (out, in)."""
@@ -244,34 +244,6 @@ def integers(W: Tensor, b: int) -> tuple[Tensor, Tensor]:
     scale = torch.where(scale.abs() < 2 ** -20, 2 ** -20, scale)     # all 32 may be 0
     q = (blocks / scale).round().clamp(-most, most - 1)
     return q.flatten(1).to(torch.int8), scale.squeeze(2)
-
-# What rounding costs, by gradients as the probe's. L_i is the summed loss of next tokens that are
-# drawn from the model itself. By the Fisher matrix, KL(model || model with W_b) a token is about
-#    harm[W, b]  =  1 / tokens * sum over samples i of  1/2 < dL_i / dW, W_b - W >^2
-def drawn_loss(model: Decoder, ids: Tensor) -> Tensor:
-    """L_i of the tokens ids (N,)."""
-    logits = model(ids)
-    drawn = logits.detach().softmax(dim=-1).multinomial(1)[:, 0]
-    return F.cross_entropy(logits, drawn, reduction="sum")
-
-def harm(weights: Mapping[str, Tensor], losses: Iterable[Tensor], tokens: int) -> dict[str, Any]:
-    """{module: {4 and 8 bits: harm}} from the losses L_i of samples of so many tokens."""
-    h = {name: {4: 0.0, 8: 0.0} for name in weights}
-    for loss in losses:
-        for (name, W), grad in zip(weights.items(), torch.autograd.grad(loss, [*weights.values()])):
-            for b in h[name]:
-                q, scale = integers(W.detach(), b)
-                change = q * scale.repeat_interleave(32, dim=1) - W.detach()
-                h[name][b] += (grad * change).sum().item() ** 2 / (2 * tokens)
-    return h
-
-def choose_bits(h: Mapping[str, Any], weights: Mapping[str, Tensor], mean: float) -> dict[str, int]:
-    """{module: 4 or 8}, at most `mean` bits a weight: 8 go where they save most harm a weight."""
-    bits, room = dict.fromkeys(h, 4), (mean - 4) * sum(W.numel() for W in weights.values())
-    for name in sorted(h, key=lambda name: (h[name][8] - h[name][4]) / weights[name].numel()):
-        if 4 * weights[name].numel() <= room:
-            bits[name], room = 8, room - 4 * weights[name].numel()
-    return bits
 
 # 6. ONNX, in standard operators of opset 23. Where the decoder computes, the graph writes a node,
 #    which has the name of what it computes. The cache holds P tokens, to which N are added.
@@ -431,15 +403,10 @@ def main() -> None:
     print(f"3. train: {len(curve)} steps, loss {curve[0]:.3f} to {curve[-1]:.3f}")
     mixture = [greedy(model, prompt, c.eos_token_id) for prompt in prompts]
     print(f"4. merge: worst residual {max(merge(model, probed).values(), default=0):.2%}")
-    weights = {name: model.weights[name].requires_grad_() for name in weights}
-    h = harm(weights, (drawn_loss(model, ids) for ids, _ in probed),
-             tokens=sum(len(ids) for ids, _ in probed))
-    bits = choose_bits(h, weights, mean=5.0)
-    print(f"5. bits: 8 for {[*bits.values()].count(8)} matrices, 4 for {[*bits.values()].count(4)}")
-    size = file.write_bytes(Graph(model, bits).decoder().SerializeToString())
+    size = file.write_bytes(Graph(model, dict.fromkeys(weights, 4)).decoder().SerializeToString())
     shipped = [greedy(with_cache(InferenceSession(file), c), prompt, c.eos_token_id)
                for prompt in prompts]
-    print(f"6, 7. ONNX: {file}, {size / 1e6:.1f} MB")
+    print(f"5 to 7. ONNX, in 4 bits: {file}, {size / 1e6:.1f} MB")
     for texts in zip(prompts, before, mixture, shipped):
         print("\n{}\n  before training: {}\n  the mixture:     {}\n  onnxruntime:     {}".format(
             *(decode(ids).strip() for ids in texts)))

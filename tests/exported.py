@@ -41,7 +41,7 @@ def random_model(seed: int = 0, **changes: Any) -> CausalLM:
 def part_of(model: CausalLM, form: GraphFormat) -> Part:
     """A graph of that form, which holds the model in floats; routing goes on."""
     return Part(ExportConfig(routing="dynamic", target=form.target, precision=form.precision,
-                             block=form.block, size=1.0 if form.chooses else None), model, {})
+                             block=form.block), model, {})
 
 
 def stored(model: CausalLM, form: GraphFormat, beside: Mapping[str, nn.Linear] = {}) -> CausalLM:

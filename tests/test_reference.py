@@ -6,7 +6,6 @@ import re
 import runpy
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from minismoe import reference
 from minismoe.data.tasks import Example, collate, encode_all, load_tasks
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.io.files import read_json
-from minismoe.method import bits
 from minismoe.method.allocate import allocate
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.sensitivity import probe
@@ -260,12 +258,10 @@ def test_main_takes_all_steps(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "argv", ["reference", str(base / "base"), *map(str, files)])
     reference.main()
     said = capsys.readouterr().out
-    experts, first, last, residual, eight, four = map(float, re.search(
+    experts, first, last, residual = map(float, re.search(
         r"vote: (\d+) experts on 14 matrices\n3. train: 6 steps, loss (\S+) to (\S+)\n"
-        r"4. merge: worst residual (\S+)%\n5. bits: 8 for (\d+) matrices, 4 for (\d+)\n", said
-        ).groups())
+        r"4. merge: worst residual (\S+)%\n5 to 7. ONNX", said).groups())
     assert 14 < experts < 28 and last < first and 0 < residual < 20
-    assert eight + four == 14 and 0 < eight < four
     assert len(re.findall("User: .*\nAssistant:\n  before training: ", said)) == 2
     onnx.checker.check_model(str(tmp_path / "reference.onnx"))
     (tmp_path / "reference.onnx").write_text("precious")
@@ -287,51 +283,6 @@ def test_rounded_weights_equal_the_package(b: int) -> None:
     if b == 4:
         expected = torch.stack([expected & 15, expected >> 4], 2).flatten(1)
     assert torch.equal(q, (expected.int() - 2 ** (b - 1)).to(torch.int8))
-
-
-def test_harm_equals_the_formula_of_outputs() -> None:
-    """1/2 (sum over tokens of d . (dW x))^2, from the inputs x and the gradients d of outputs."""
-    torch.manual_seed(0)
-    W, x, targets = torch.randn(3, 64), torch.randn(7, 64), torch.tensor([0, 2, 1, 1, 0, 2, 2])
-    W.requires_grad_()
-    y = x @ W.T
-    y.retain_grad()
-    torch.nn.functional.cross_entropy(y, targets, reduction="sum").backward()
-    loss = torch.nn.functional.cross_entropy(x @ W.T, targets, reduction="sum")
-    h = reference.harm({"W": W}, [loss], tokens=7)["W"]
-    for b in (4, 8):
-        q, scale = reference.integers(W.detach(), b)
-        dW = q * scale.repeat_interleave(32, 1) - W.detach()
-        assert h[b] == pytest.approx(((y.grad * (x @ dW.T)).sum() ** 2 / 2 / 7).item(), rel=1e-3)
-    assert h[8] < h[4]
-
-
-def test_harm_and_choice_equal_the_package(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the same next tokens: here the least likely ones, which both sides can name."""
-    model, ours, tasks = both(base)
-    samples = tasks["capitals"][:3]
-    weights = {name: W.requires_grad_() for name, W in model.weights.items() if "_proj" in name}
-
-    def loss(ids: torch.Tensor) -> torch.Tensor:
-        logits = model(ids)
-        return torch.nn.functional.cross_entropy(logits, logits.argmin(-1), reduction="sum")
-
-    def change(W: torch.Tensor, b: int) -> torch.Tensor:
-        q, scale = reference.integers(W.detach(), b)
-        return q * scale.repeat_interleave(32, 1) - W.detach()
-
-    h = reference.harm(weights, (loss(ids) for ids, _ in samples), sum(len(i) for i, _ in samples))
-    monkeypatch.setattr(bits, "drawn", lambda logits, generator: logits.argmin(-1))
-    theirs = bits.harms(ours, {f"model.{name}": [partial(change, W, b) for b in (4, 8)]
-                               for name, W in weights.items()},
-                        [collate([example("", sample)], 258)[:2] for sample in samples])
-    for name in weights:
-        assert [*h[name].values()] == pytest.approx(theirs[f"model.{name}"], rel=1e-3)
-    cost = {f"model.{name}": [4 * W.numel(), 8 * W.numel()] for name, W in weights.items()}
-    budget = sum(5 * W.numel() for W in weights.values())
-    expected = bits.spend(theirs, cost, budget)
-    assert reference.choose_bits(h, weights, 5.0) == {
-        name: 8 if expected[f"model.{name}"] else 4 for name in weights}
 
 
 def test_a_graph_of_few_bits_computes_the_rounded_weights(base: Path) -> None:

@@ -69,13 +69,12 @@ def without_effect(config: ExportConfig) -> dict[str, list[tuple[Any, str]]]:
     base, files, dynamic = config.model, not config.graph, config.routing == "dynamic"
     rounded = config.graph and not precision.startswith("fp")
     in_blocks = rounded and (not npu or precision == "w4a16") and precision != "q8"
-    chooses = precision in ("auto", "int4-8", "w4a16") and config.target != "portable"
     no_graph = f"--layout {layout} holds no graph"
     no_adapters = "a base has no adapters (--prompts FILE calibrates 4 bits and NPUs)"
     merged = "--target npu holds one merged model"
     routed = "--routing dynamic freezes nothing"
     each = "--adapters freezes for each task, beside a base of layout onnx or genai"
-    no_texts = "texts show which tokens and bits are needed: give --prompts FILE"
+    no_texts = "texts show which tokens are needed: give --prompts FILE"
     static = "--static fixes all sizes of layout onnx"
     stored = f"--precision {precision} of --target {config.target}"
     return {
@@ -96,13 +95,7 @@ def without_effect(config: ExportConfig) -> dict[str, list[tuple[Any, str]]]:
                      no_adapters), (dynamic, routed), (config.adapters, each)],
         "vocab": [(layout == "peft", "an adapter belongs to the base with all tokens"),
                   (base and not config.prompts, no_texts)],
-        "block": [(files, no_graph), (not in_blocks, f"{stored} has no blocks")],
-        "size": [(files, no_graph), (layout == "web", "transformers.js takes one kind of blocks"),
-                 (base and not config.prompts, no_texts),
-                 (config.routing != "merge" or config.adapters,
-                  "experts beside the weights take blocks of one size"),
-                 (config.block, "--block stores all matrices alike"),
-                 (not chooses, f"{stored} stores all matrices alike")]}
+        "block": [(files, no_graph), (not in_blocks, f"{stored} has no blocks")]}
 
 
 def shown(name: str, given: Mapping[str, Any]) -> str:

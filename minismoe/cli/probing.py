@@ -8,8 +8,6 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..data.tasks import probe_batches
-from ..export.layers import matrix
-from ..export.rounding import harm_of
 from ..io.drawing import terminal_heatmap
 from ..io.files import naming, read_json
 from ..io.progress import progress_bar
@@ -18,13 +16,10 @@ from ..method.allocate import KEEP, Allocation, allocate, select
 from ..method.allocation import FORMAT, is_whole
 from ..method.experts import linear_layers
 from ..method.sensitivity import Scores, probe, shapes_of
-from ..model.quantize import quantize
 from .flags import SETTINGS, AllocationConfig
 from .inputs import Inputs
 
 PROBE_BATCH = 16                                     # samples at once
-BLOCK_SIZES = (128, 32)                              # weights that share a scale, for --bits
-BITS_HELP = "print what storing each matrix in 4 bits costs, and stop"
 
 
 def choose(allocating: AllocationConfig, scores: Scores) -> Allocation:
@@ -140,20 +135,3 @@ def allocation_heatmap(model: nn.Module, allocation: Allocation) -> str:
     """Experts of every linear layer but the head."""
     return terminal_heatmap("experts a matrix", {
         name: allocation.experts.get(name, 0) for name in linear_layers(model)}, digits=True)
-
-
-def print_bits(allocating: AllocationConfig, inputs: Inputs) -> None:
-    """Print what storing each linear layer in 4 bits, rounded to nearest, costs in nats a token."""
-    if inputs.model.base_bits:
-        raise ValueError("--bits measures weights that are not rounded yet: leave out --base-bits")
-    layers = linear_layers(inputs.model)
-    options = {name: [quantize(matrix(layer), 4, size) for size in BLOCK_SIZES]
-               for name, layer in layers.items()}
-    batches = {task: [*probe_batches(examples, allocating.samples, PROBE_BATCH,
-                                     inputs.tokenizer.pad_id)]
-               for task, examples in inputs.encoded.items()}
-    harm = harm_of(options, inputs.model, inputs.model, batches)
-    for i, size in enumerate(BLOCK_SIZES):
-        of_size = {name: values[i] for name, values in harm.items()}
-        title = f"4 bits in blocks of {size}: {sum(of_size.values()):.3g} nats a token in all"
-        print(terminal_heatmap(title, of_size, scale="log"))

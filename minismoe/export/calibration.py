@@ -35,13 +35,11 @@ Samples = Mapping[str, Sequence[Example]]    # by task; those of --prompts have 
 Batches = Mapping[str, Sequence[Batch]]      # by task
 
 
-def shuffled_samples(config: ExportConfig, source: Source, unseen: bool = False) -> Samples:
+def shuffled_samples(config: ExportConfig, source: Source) -> Samples:
     """What an export is calibrated on: examples of the run, or of one task; or lines of --prompts.
-
-    unseen: of the run's examples, those that it was not trained on, if it has any.
     """
-    samples = {task: (source.unseen.get(task) if unseen else None) or examples
-               for task, examples in source.examples.items() if config.task in (None, task)}
+    samples = {task: examples for task, examples in source.examples.items()
+               if config.task in (None, task)}
     if config.prompts:
         samples = {"prompts": unlabelled(config.prompts, source)}
     return {name: random.Random(0).sample(e, len(e)) for name, e in samples.items()}

@@ -11,7 +11,6 @@ The writer of graphs, the check and the ranges of NPUs take this model.
 """
 
 import copy
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import nn
 from ..method.experts import ExpertLinear, expert_layers
 from ..method.freeze import TaskFits, frozen_layer
 from ..model.decoder import CausalLM
-from ..model.quantize import BlockLinear, Blocks
+from ..model.quantize import BlockLinear
 from .layers import AdapterLinear, MergedWeight
 from .ranges import Ranges
 from .settings import ExportConfig
@@ -30,7 +29,7 @@ class Part:
     """The settings of a graph, or of a folder of weights, and the model that it stores.
 
     shipped: in float32, on the CPU. fits: of the mixtures; none if they go on routing. ranges: of
-    activations, for an NPU. in_4_bits: of each matrix, the ways that --size may choose.
+    activations, for an NPU.
     """
 
     def __init__(self, config: ExportConfig, reference_fp32: CausalLM, fits: TaskFits):
@@ -38,7 +37,6 @@ class Part:
         self.config, self.reference_fp32, self.fits = config, reference_fp32, fits
         self.shipped = sharing_copy(reference_fp32)
         self.ranges: Ranges = {}
-        self.in_4_bits = defaultdict[str, list[Blocks]](list)
 
     def place(self, names: Sequence[str]) -> None:
         """Put into the shipped model, in place of some modules, what ships of their experts."""

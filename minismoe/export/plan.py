@@ -32,9 +32,6 @@ def resolved(config: ExportConfig, source: Source) -> list[ExportConfig]:
     for graph in graphs:
         if graph.graph:
             refuse(source.trained.config, graph.target, graph.block or BLOCK, static)
-            if graph.size and (least := nbytes(graph, source)) > graph.size * 1e6:
-                raise ValueError(f"--size {graph.size}: the matrices take {least / 1e6:.3f} MB at "
-                                 "least")
     return [replace(graph, context=context, static=static, device=str(norm.device),
                     dtype=str(norm.dtype).removeprefix("torch.")) for graph in graphs]
 
@@ -49,12 +46,9 @@ def with_precision(config: ExportConfig, has_texts: bool) -> ExportConfig:
     if not config.graph:
         precision = "fp32"
     elif precision == "auto":
-        npu_default = "w4a16" if config.size else "w8a16" if has_texts else "fp16"
+        npu_default = "w8a16" if has_texts else "fp16"
         precision = npu_default if npu else "q8" if config.layout == "web" else "int4-8"
-    if config.size and not has_texts:
-        raise ValueError("--size chooses bits by what texts show: export a RUN, or give "
-                         "--prompts FILE")
-    block = None if config.size or precision == "w8a16" or not PRECISIONS[precision].layers else (
+    block = None if precision == "w8a16" or not PRECISIONS[precision].layers else (
         config.block or BLOCK)
     return replace(config, precision=precision, block=ROW if precision == "q8" else block)
 
@@ -80,16 +74,15 @@ def matrix_bytes(config: ExportConfig, source: Source, *names: str) -> int:
     for name in names:
         leaf: Any = source.trained.get_submodule(name)
         shape = leaf.weight.shape
-        total += min((way.nbytes(shape) for way in form.options_of(name)),
-                     default=shape.numel() * form.dtype.itemsize)
+        way = form.way_of(name)
+        total += way.nbytes(shape) if way else shape.numel() * form.dtype.itemsize
     return total
 
 
 def in_words(config: ExportConfig, has_texts: bool) -> str:
     """What will be written, and how to have something else, in one line."""
     what = config.precision if config.graph else "weights" if config.layout == "hf" else "a LoRA"
-    blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else (
-        ", 4 or 8 bits a matrix" if config.size else "")
+    blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else ""
     floats = f"; --precision fp{16 if config.target == 'npu' else 32} keeps floats"
     bits = PRECISIONS[config.precision].layers
     nearest = "" if has_texts or bits != 4 else (

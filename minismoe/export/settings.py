@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..data.tasks import Example, Task
 from ..data.tokenizer import Tokenizer
-from ..io.flags import above_zero, flag, positive, text
+from ..io.flags import flag, positive, text
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, BLOCKS
 from .weights import PRECISIONS, GraphFormat
@@ -51,19 +51,14 @@ class ExportConfig:
     layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js with "
                        "a page to chat in a browser, peft, or transformers",
                        choices=("onnx", "genai", "web", "peft", "hf"))
-    precision: str = flag("auto", "how weights are stored. int4-8: 4 bits, embedding and head 8; "
-                          "with --size, 4 or 8 bits a matrix, as rounding costs it. int4, int8: "
-                          "all alike. q8: 8 bits with a scale a row, for browsers; q4f16: int4 "
-                          "with float16 activations, for WebGPU in browsers. w8a16, w4a16: for "
-                          "NPUs. auto (default): int4-8; for --layout web both q8 and q4f16, of "
-                          "which the browser loads one",
-                          choices=("auto", *PRECISIONS))
+    precision: str = flag("auto", "how weights are stored. int4-8: 4 bits, embedding and head 8. "
+                          "int4, int8: all alike. q8: 8 bits with a scale a row, for browsers; "
+                          "q4f16: int4 with float16 activations, for WebGPU in browsers. w8a16, "
+                          "w4a16: for NPUs. auto (default): int4-8; for --layout web both q8 and "
+                          "q4f16, of which the browser loads one", choices=("auto", *PRECISIONS))
     block: int | None = flag(
         None, "weights that share a scale, in 8 or 4 bits (default: 32; 64 is smaller and faster, "
         "and loses more)", int, choices=BLOCKS)
-    size: float | None = flag(
-        None, "megabytes that weights of int4-8, or of w4a16 and w8a16, may take: each matrix gets "
-        "the bits that its rounding asks for", above_zero, metavar="MB")
     vocab: int | None = flag(
         None, "keep N tokens alone: those of the run's lines or of --prompts, and those that the "
         "model expects in such texts; a smaller, faster file for a narrow task (default: all)",
@@ -91,7 +86,7 @@ class ExportConfig:
     def form(self) -> GraphFormat:
         """How the graph is written."""
         return GraphFormat(self.target, self.precision, self.context or 0, self.block or BLOCK,
-                           self.static, self.size is not None)
+                           self.static)
 
     @property
     def kind(self) -> str:
@@ -120,7 +115,6 @@ class Source:
     tokenizer: Tokenizer
     tasks: Sequence[Task] = ()
     examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)      # by task
-    unseen: Mapping[str, Sequence[Example]] = field(default_factory=dict)        # validation lines
     system: str | None = None                # system prompt that training added to lines
     # Of the trained model with all tokens, by task: whether each test line is right, where known.
     judged: Mapping[str, list[int]] = field(default_factory=dict)

@@ -16,13 +16,13 @@ from ..method.hooks import frozen
 from ..model.checkpoint import load_adapter, load_model
 from ..model.decoder import CausalLM
 from ..model.quantize import WideWeight
-from .calibration import Batches, Calibration, Samples, calibration_batches, shuffled_samples
+from .calibration import Batches, Calibration, Samples, calibration_batches
 from .gptq import DAMPING, TIED_DAMPING
 from .layers import HEAD, put_weight, routed, vocabularies
 from .mixture import round_experts
 from .part import Part
 from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered
-from .rounding import round_all, round_chosen
+from .rounding import round_all
 from .settings import ExportConfig, Source
 
 MUCH = 0.1                                   # a residual that costs exact match
@@ -41,9 +41,6 @@ def ship(configs: Sequence[ExportConfig], source: Source, reference_fp32: Causal
     freeze_and_round(parts, source.trained, batches, fits)
     show_fits(fits)
     for part in parts:
-        if part.config.size:
-            unseen = shuffled_samples(part.config, source, unseen=True)
-            round_chosen(part, source.trained, calibration_batches(unseen, source))
         if part.config.graph:
             round_experts(part.shipped, part.config.form)
         part.ranges = ranges_of(part.config, part.shipped, samples, source)
@@ -61,8 +58,8 @@ def freeze_and_round(parts: Sequence[Part], model: CausalLM, batches: Batches, f
     linears = linear_layers(model)
 
     def in_4_bits(name: str) -> bool:
-        return any(storage.bits == 4
-                   for part in parts for storage in part.config.form.options_of(name))
+        ways = [part.config.form.way_of(name) for part in parts]
+        return any(way and way.bits == 4 for way in ways)
 
     to_fit = any(routed(linears[name]) for of_task in fits.values() for name in of_task)
     to_round = any(map(in_4_bits, (*linears, head)))

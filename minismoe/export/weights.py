@@ -43,8 +43,8 @@ PRECISIONS = {
 class Storage(NamedTuple):
     """How a weight matrix is stored."""
 
-    bits: int = 0                            # 8 or 4; 0: floats
-    block: int = BLOCK                       # weights that share a scale; ROW: those of a row
+    bits: int                                # 8 or 4
+    block: int                               # weights that share a scale; ROW: those of a row
 
     def nbytes(self, shape: torch.Size) -> int:
         """Bytes of a matrix (N, K) in blocks, each with a scale in float32."""
@@ -62,7 +62,6 @@ class GraphFormat:
     context: int                             # positions
     block: int = BLOCK                       # weights that share a scale, in few bits
     static: tuple[int, int, int] | None = None           # 1, tokens a step, past positions
-    chooses: bool = False                    # whether each matrix gets bits of its own
 
     @property
     def ort(self) -> bool:
@@ -90,18 +89,12 @@ class GraphFormat:
         to 16."""
         return self.rounds and not self.rows
 
-    def options_of(self, name: str) -> list[Storage]:
-        """The ways to store the matrix of a module in few bits, of which one is chosen; none if it
-        stays in floats."""
+    def way_of(self, name: str) -> Storage | None:
+        """How the matrix of a module is stored in few bits; None if it stays in floats."""
         precision = PRECISIONS[self.precision]
         bits = precision.layers if ".layers." in name else precision.vocabulary
         whole_rows = self.rows or bits == 8 and self.target == "npu"
-        usual = Storage(bits, ROW if whole_rows else self.block)
-        if not self.chooses:
-            return [usual] if bits else []
-        if self.target == "npu":
-            return [*{usual: None, Storage(8, ROW): None}]
-        return [Storage(4, 128), Storage(4, 32), Storage(8, 128)]
+        return Storage(bits, ROW if whole_rows else self.block) if bits else None
 
 
 def concatenated(parts: Sequence[Any]) -> Any:

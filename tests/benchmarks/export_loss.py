@@ -52,8 +52,7 @@ WAYS = {                                     # flags of export.py
     FLOAT: "--precision fp32",
     "int4, blocks of 128": "--precision int4 --block 128",
     "int4, blocks of 32": "--precision int4 --block 32",
-    "int4-8, blocks of 32": "--precision int4-8 --block 32",
-    "int4-8, bits chosen": "--precision int4-8 --size 88"}
+    "int4-8, blocks of 32": "--precision int4-8 --block 32"}
 DIVERGE = 60                                 # lines of each task on which KL is measured
 BINS = 10
 COLUMNS = {"exact": (100, 1), "log p": (1, 3), "calibration": (100, 1), "KL": (1, 4), "MB": (1, 0)}

@@ -17,7 +17,6 @@ from minismoe.model.checkpoint import load_model
 
 if sys.platform != "linux":
     pytest.skip("they read peak memory as Linux tells it", allow_module_level=True)
-import bits
 import decode_speed
 import export_loss
 import family_speed
@@ -104,15 +103,6 @@ def odd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "--epochs", "6", "--lr", "0.02", "--rank", "2",
                 "--dtype", "float32", "--out", str(tmp_path / "run")])
     return tmp_path / "run"
-
-
-def test_bits_compares_ways_to_choose_them(odd_run, capsys) -> None:
-    bits.main([str(odd_run), "--lines", "2"])
-    table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()
-             if line.startswith("|")]
-    KL = {way: float(row[1]) for way, *row in table[2:]}
-    assert len(KL) == 16
-    assert KL["4 bits, blocks of 32; embedding and head 8"] < KL["4 bits, blocks of 32"]
 
 
 def test_export_loss_scores_ways_against_the_mixture(odd_run, tmp_path, monkeypatch, capsys,

@@ -53,15 +53,6 @@ WRONG_FLAGS = {              # {script: [(flags, what the last line says)]}
         ("RUN --target npu --static 1x8x64 --context 64", "leave out --context"),
         ("RUN --target npu --layout genai", "--layout genai needs --target ort or portable"),
         ("RUN --target npu --routing dynamic", "--target npu holds one merged model"),
-        ("RUN --size 9 --layout web", "transformers.js takes one kind of blocks: leave out --size"),
-        ("RUN --size 9 --layout hf", "holds no graph: leave out --size"),
-        ("RUN --size 9 --routing freeze", "experts beside the weights take blocks of one size"),
-        ("RUN --size 9 --adapters", "experts beside the weights take blocks of one size"),
-        ("RUN --size 9 --block 32", "--block stores all matrices alike: leave out --size"),
-        ("RUN --size 9 --precision int4", "int4 of --target ort stores all matrices alike"),
-        ("RUN --size 9 --target portable", "of --target portable stores all matrices alike"),
-        ("RUN --size 9 --target npu --precision w8a16", "w8a16 of --target npu stores all"),
-        ("RUN --size 0", "0 is not above 0"),
         *((f"--model x {flags}", f"leave out {flags.split()[0]}") for flags in (
             "--task number", "--routing freeze", "--layout peft", "--adapters", "--limit-test 5")),
         *((f"--model x --prompts x {flags}", "calibrates 4 bits and NPUs): leave out ") for flags in
@@ -125,7 +116,7 @@ REFUSED = [
     *((export, f"--prompts x {flags}", {}, "calibrates 4 bits and NPUs): leave out ") for flags in
       ("--precision int8", "--precision q8", "--precision fp32", "--layout hf")),
     (export, ".", {}, "is no run of train.py"),
-    (probe, "INPUTS --bits --base-bits 8", {}, "leave out --base-bits")]
+]
 
 
 @pytest.mark.parametrize("script, flags, says", [
