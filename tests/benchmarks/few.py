@@ -29,10 +29,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from compare_report import table
 from tqdm import tqdm
 
 from minismoe.io.files import read_json
+from minismoe.io.text import table
 
 RECORD = Path(__file__).parent / "results" / "few.jsonl"
 TASKS, LINES = "trec,clinc,banking77", "50,100,200,400,1000"
@@ -143,7 +143,7 @@ def means() -> dict[tuple[str, str, int, str], dict[str, Any]]:
         if all(name in line for line in lines)}} for key, lines in groups.items()}
 
 
-def markdown() -> str:
+def shown() -> str:
     rows = [[base, tasks, lines, flags, mean["draws"], *(
         f"{mean[name]:.{digits}f}" if name in mean else "" for name, digits in (
             ("steps", 0), ("seconds", 0), ("loss", 3))), *(
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="of train.py, after --")
     args = parser.parse_args()
     if args.table:
-        print(markdown())
+        print(shown())
         return
     names = ("TF-IDF", "MiniLM embeddings") if args.peers else (args.name,)
     cells = [Cell(name, tasks, int(lines), int(draw), " ".join(args.flags))

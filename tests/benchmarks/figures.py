@@ -3,12 +3,8 @@
     python tests/benchmarks/figures.py
 
 method.svg    probe, vote, experts, merge: the toy's sensitivity.json (toy.json) and its vote
-rules.svg     what each allocation rule reaches against plain LoRA (smollm2.json, floor.json)
-bits.svg      the bits of each matrix (bits.json: `bits` of export.json, two exports with --size)
 lines.svg     exact match by lines of training, beside peers (few.jsonl)
 shipped.svg   exact match, size and speed of exports with fewer bits and tokens (shipped.jsonl)
-orders.svg    what fewer tokens cost, by the order in which they are kept (vocabulary.jsonl)
-decoding.svg  size and speed of exports beside those of other tools (decoding.jsonl)
 
 Every picture stands on a white card of its own, so that it reads on light and on dark pages. It
 holds no script and no font: GitHub shows an SVG as an image. layer.svg shows no figure: edit it.
@@ -33,13 +29,9 @@ WIDTH = 860.0                                # about the width of a README on Gi
 INK, GREY, LINE, PALE = "#1f2328", "#59636e", "#d0d7de", "#f3f5f7"
 BLUE, LIGHT_BLUE, ORANGE, LIGHT_ORANGE = "#0a5cbf", "#d6e6f7", "#b3500b", "#f3d9c4"
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
-RULES = {"lora": "a plain LoRA", "uniform": "as many everywhere", "random": "at random",
-         "votes-floor": "votes, at least one", "votes": "votes (the paper)"}
 SHOWN = {"MB": "megabytes", "rate": "tokens/s"}
-ORDERS = {"expected": "by expectation", "id": "by id", "random": "at random"}
 CURVES = {"SmolLM2-135M": (BLUE, 3.0), "Gemma 3 270M": (ORANGE, 3.0),
           "MiniLM embeddings": (GREY, 1.4), "TF-IDF": ("#9aa4ae", 1.4)}
-COSTS = {"more": "more tokens, in 10,000", "lost": "log-probability lost, in thousandths"}
 Parts = list[str]
 
 
@@ -156,66 +148,6 @@ def method(probed: Mapping[str, Any]) -> str:
     return card(y + 38, "Probe, vote, experts, merge, ship", parts)
 
 
-def rules(trials: Mapping[str, Mapping[str, Any]]) -> str:
-    """Of each trial, the exact match of each rule, and its difference to LoRA with a paired 95 %
-    interval."""
-    low, high, left, row_height = -8, 6, 24.0, 26
-
-    def across(points: float) -> float:
-        return left + 292 + (points - low) / (high - low) * 480
-
-    parts, y = Parts(), 26.0
-    for title, compared in trials.items():
-        parts += [text(left, y + 4, title, size=15, bold=True),
-                  text(left + 232, y + 30, "exact match", size=12, color=GREY, anchor="end"),
-                  text(across(-1), y + 30, "minus LoRA, in points", size=12, color=GREY,
-                       anchor="middle")]
-        rows = sorted((row for row in compared["rows"] if row["strategy"] in RULES),
-                      key=lambda row: -row["accuracy"]["intervals"]["mean"][0])
-        bottom = y + 40 + row_height * len(rows)
-        for points in range(low, high + 1, 4):
-            parts += [line(f"M{across(points):.1f} {y + 42}V{bottom}", LINE if points else GREY, 1),
-                      text(across(points), bottom + 16, f"{points:+d}".replace("-", "−")
-                           if points else "0", size=12, color=GREY, anchor="middle")]
-        for i, row in enumerate(rows):
-            at, mean = y + 56 + row_height * i, 100 * row["accuracy"]["intervals"]["mean"][0]
-            parts += [text(left, at + 4, RULES[row["strategy"]]),
-                      text(left + 232, at + 4, f"{mean:.1f}", anchor="end")]
-            if found := row["against"].get("lora"):
-                gap, start, end = (100 * v for v in found["intervals"]["mean"])
-                color = ORANGE if end < 0 or start > 0 else BLUE
-                parts += [line(f"M{across(start):.1f} {at}H{across(end):.1f}", color, 2),
-                          dot(across(gap), at, 4, color)]
-            else:
-                parts.append(dot(across(0), at, 4, "#fff", GREY))
-        y = bottom + 50
-    parts.append(text(left, y - 6, "Equal parameters within 1 %. Lines are paired 95 % intervals "
-                      "over seeds and test lines; orange leaves out zero.", size=12, color=GREY))
-    return card(y + 12, "Exact match by allocation rule, against plain LoRA", parts)
-
-
-def bits(exports: Mapping[str, Mapping[str, Any]]) -> str:
-    """How each matrix of two exports is stored, beside each other."""
-    top, wide, shades = 92.0, 11.0, {(4, 128): 0.1, (4, 32): 0.5, (8, 128): 1.0}
-    parts: Parts = []
-    for x, (name, export) in zip((56.0, 520.0), exports.items()):
-        layers = {module: way for module, way in export["bits"].items() if ".layers." in module}
-        table, block = export["bits"]["model.embed_tokens"]
-        parts += [text(x, 30, f"{name}, {export['MB']:.0f} MB", size=15, bold=True),
-                  text(x, 50, f"embedding and head: {table} bits, blocks of {block}", color=GREY),
-                  *cells(x, top, wide, {place(module): shade(shades[bits, size])
-                                        for module, (bits, size) in layers.items()})]
-        parts += [text(x - 7, top + 12 + 16 * i, kind, anchor="end", size=12, color=GREY)
-                  for i, kind in enumerate(KINDS)]
-        parts += [text(x + wide * (layer + 0.5), top - 7, str(layer), anchor="middle", size=11)
-                  for layer in {place(module)[0] for module in layers} if layer % 5 == 0]
-    bottom = top + 7 * 16 + 24
-    for n, ((number, size), share) in enumerate(shades.items()):
-        parts += [box(56 + 180.0 * n, bottom - 11, 12, 12, shade(share)),
-                  text(74 + 180.0 * n, bottom, f"{number} bits, blocks of {size}", size=12)]
-    return card(bottom + 18, "Bits of each matrix, by layer", parts)
-
-
 def lines_needed(means: Mapping[tuple[str, str, int, str], Mapping[str, Any]]) -> str:
     """Exact match over the number of training lines, a panel for each task: of trained models, of
     the exports (dots), and of the peers."""
@@ -254,73 +186,32 @@ def lines_needed(means: Mapping[tuple[str, str, int, str], Mapping[str, Any]]) -
     return card(y + 36, "Exact match by lines of training", parts)
 
 
-def bars(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str],
-         number: str = "") -> str:
-    """A row for each of `rows`, which have a base and a name, below the name of each base: bars of
-    `columns` ({key: what it is}), blue where the row says "blue". number: a key shown as text."""
+def shipped(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Each export's exact match, and bars of its size and speed; blue: with fewer tokens."""
     parts, y, wide = Parts(), 52.0, 190
-    left = {key: 330.0 + 280 * i for i, key in enumerate(columns)}
-    parts += [text(260, 30, number, anchor="end", size=12, color=GREY), *(
-        text(left[key], 30, says, size=12, color=GREY) for key, says in columns.items())]
+    left = {key: 330.0 + 280 * i for i, key in enumerate(SHOWN)}
+    parts += [text(260, 30, "exact match", anchor="end", size=12, color=GREY), *(
+        text(left[key], 30, says, size=12, color=GREY) for key, says in SHOWN.items())]
     for i, row in enumerate(rows):
         if i == 0 or row["base"] != rows[i - 1]["base"]:
             y += 14 * (i > 0)
             parts.append(text(24, y + 4, row["base"], size=15, bold=True))
             y += 26
-        parts += [text(24, y + 4, row["name"]),
-                  text(260, y + 4, f"{row[number]:.1f}" if number else "", anchor="end")]
+        parts += [text(24, y + 4, f"{row['tokens']:,} tokens" if row["tokens"] else "all tokens"),
+                  text(260, y + 4, f"{100 * row['exact']:.1f}", anchor="end")]
         for key, x in left.items():
             end = x + wide * row[key] / max(other[key] for other in rows)
-            parts += [box(x, y - 7, end - x, 14, BLUE if row["blue"] else GREY, corner=2),
+            parts += [box(x, y - 7, end - x, 14, BLUE if row["tokens"] else GREY, corner=2),
                       text(end + 8, y + 4, f"{row[key]:.0f}", size=12)]
         y += 24
-    return card(y + 4, title, parts)
-
-
-def shipped(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of shipped.jsonl as a row of `bars`."""
-    fewer = row["tokens"] is not None
-    return {**row, "name": f"{row['tokens']:,} tokens" if fewer else "all tokens", "blue": fewer,
-            "exact match": 100 * row["exact"]}
-
-
-def orders(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each base, number of tokens and order, a row of `bars`: how many more tokens unseen lines
-    take, and what their right answers lose of their log-probability in the run of seed 0."""
-    rows, counted = [], {r["base"] for r in records if "lines" in r}
-    kept = [r for r in records if r.get("seed") == 0 and r["order"] in ORDERS
-            and r["base"] in counted and "trained on them" not in r]
-    for r in sorted(kept, key=lambda r: (r["base"], r["tokens"], r["order"])):
-        alike = [other for other in records if other["base"] == r["base"]]
-        (all_tokens,) = (o for o in alike if o["order"] == "all" and o["seed"] == 0)
-        (count,) = (o for o in alike if "lines" in o and all(
-            o[key] == r[key] for key in ("order", "tokens")))
-        rows.append({
-            "base": r["base"], "name": f"{r['tokens']:,} {ORDERS[r['order']]}",
-            "blue": r["order"] == "expected",
-            "more": 1e4 * (count["tokens_after"] / count["tokens_before"] - 1),
-            "lost": max(0, 1000 * (all_tokens["logprob"] - r["logprob"]))})
-    return rows
-
-
-def lines(name: str) -> list[dict[str, Any]]:
-    return [*map(json.loads, (RESULTS / f"{name}.jsonl").open(encoding="utf-8"))]
-
-
-def record(name: str) -> Any:
-    return read_json(RESULTS / f"{name}.json")
+    return card(y + 4, "Exact match, size and speed of exports", parts)
 
 
 PICTURES: dict[str, Callable[[], str]] = {
-    "method": lambda: method(record("toy")), "rules": lambda: rules({
-        "SmolLM2-135M, five tasks, three seeds": record("smollm2"),
-        "SmolLM2-135M, three tasks, three other seeds": record("floor")}),
-    "bits": lambda: bits(record("bits")),
+    "method": lambda: method(read_json(RESULTS / "toy.json")),
     "lines": lambda: lines_needed(means()),
-    "shipped": lambda: bars("Exact match, size and speed of exports", [*map(shipped, lines(
-        "shipped"))], SHOWN, "exact match"),
-    "orders": lambda: bars("What fewer tokens cost", orders(lines("vocabulary")), COSTS),
-    "decoding": lambda: bars("Decoding beside other tools", lines("decoding"), SHOWN)}
+    "shipped": lambda: shipped([*map(
+        json.loads, (RESULTS / "shipped.jsonl").read_text("utf-8").splitlines())])}
 
 
 def main() -> None:

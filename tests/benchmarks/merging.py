@@ -4,7 +4,7 @@ and for each task by itself.
     python tests/benchmarks/merging.py RUN
 
 "missed" is the median share of the mixture's output energy that the fits lack on held-out samples.
-export_loss.py says what rounding costs.
+rounding.py says what rounding costs.
 """
 
 import argparse

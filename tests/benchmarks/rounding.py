@@ -27,7 +27,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from export_loss import mixture_of
 from torch import Tensor
 
 import export
@@ -43,6 +42,7 @@ from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.ship import ship
 from minismoe.io.files import write_json
 from minismoe.io.text import table
+from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.runtime import FORMAT, Generator
 from minismoe.training.evaluate import questions
 
@@ -58,6 +58,13 @@ WAYS = {"alike, 64 lines: 4 bits of 32, head 8": (USUAL, 64, 1.0),
         "weighted: all 4 bits of 128": (SMALL, 10 ** 6, calibration.EVEN)}
 COLUMNS = ("exact", "NLL", "KL")
 Line = tuple[float, float, float]
+
+
+def mixture_of(source: Source) -> Any:
+    """The routed mixture of a run, in float32."""
+    model = load_model(source.base)
+    load_adapter(model, source.run / "adapter")
+    return model
 
 
 def predictions(model: Any, source: Source, lines: int) -> list[tuple[Tensor, list[int]]]:

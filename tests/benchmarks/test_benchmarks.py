@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import export, random_model
 from tiny import save_bytes_model, write_lines
 
 import train
@@ -18,13 +17,11 @@ from minismoe.model.checkpoint import load_model
 if sys.platform != "linux":
     pytest.skip("they read peak memory as Linux tells it", allow_module_level=True)
 import decode_speed
-import export_loss
 import family_speed
 import few
 import growth
 import merging
 import probe_speed
-import providers
 import rounding
 import train_speed
 
@@ -79,17 +76,6 @@ def test_merging_has_a_row_for_the_mixture_and_for_its_fits(inputs, tmp_path, ca
     assert 0 <= each <= both < 100 and both > 0, rows
 
 
-def test_providers_are_measured_beside_the_cpu(tmp_path, monkeypatch, capsys) -> None:
-    folder = export(random_model(seed=3), tmp_path / "tiny", context=512)
-    monkeypatch.setattr(sys, "argv", ["providers.py", str(folder), "--providers", "cpu,openvino:x",
-                                      "--prompts", "2", "--long", "70"])
-    providers.main()
-    header, _, cpu, other = capsys.readouterr().out.splitlines()
-    assert re.match(r" *tiny +cpu +2 of 2 +2 of 2 +30 of 30 .* 0\.0e\+00 +0\.0e\+00",
-                    cpu) and "last third" in header
-    assert "openvino" in other
-
-
 @pytest.fixture(scope="module")
 def odd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one task, which has two answers."""
@@ -103,22 +89,6 @@ def odd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "--epochs", "6", "--lr", "0.02", "--rank", "2",
                 "--dtype", "float32", "--out", str(tmp_path / "run")])
     return tmp_path / "run"
-
-
-def test_export_loss_scores_ways_against_the_mixture(odd_run, tmp_path, monkeypatch, capsys,
-                                                     ) -> None:
-    """It goes on where it was."""
-    args = [str(odd_run), "--out", str(tmp_path / "out"), "--ways", "int4, blocks of 32"]
-    export_loss.main(args)
-    said = capsys.readouterr().out
-    records = {p.name: read_json(p) for p in (tmp_path / "out").glob("*.json")}
-    assert [*sorted(records)] == ["run, int4, blocks of 32.json", "run, merged, float32.json"]
-    rounded, merged = (record["tasks"]["odd"] for _, record in sorted(records.items()))
-    assert abs(merged["KL"]) < rounded["KL"] and merged["log p"] < 0     # it may be -1e-8
-    assert 0 <= merged["calibration"] <= 1 and 6 * merged["exact"] in range(7)
-    monkeypatch.setattr(export_loss, "record_run", lambda *_: pytest.fail("it was measured"))
-    export_loss.main(args)
-    assert said.endswith(again := capsys.readouterr().out) and "merged, float32" in again
 
 
 def test_rounding_pairs_ways_line_by_line(odd_run, tmp_path, monkeypatch, capsys) -> None:
@@ -135,12 +105,6 @@ def test_rounding_pairs_ways_line_by_line(odd_run, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(rounding, "record_run", lambda *_: pytest.fail("it was measured"))
     rounding.main([str(odd_run)])
     assert said.endswith(again := capsys.readouterr().out) and "means of 1 runs" in again
-
-
-def test_calibration_is_the_mean_gap_of_bins() -> None:
-    """Two answers stated with 0.95, of which one is right; two with 0.5 and 0.55, both right."""
-    assert export_loss.calibration([0.95, 0.95, 0.5, 0.55], [1, 0, 1, 1]) == pytest.approx(
-        (0.9 + 0.5 + 0.45) / 4)
 
 
 def test_few_lines_are_trained_and_shipped_once(odd_run, tmp_path, monkeypatch, capsys) -> None:
@@ -162,7 +126,7 @@ def test_few_lines_are_trained_and_shipped_once(odd_run, tmp_path, monkeypatch, 
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["few.py", "--table"])
     few.main()
-    assert "| base | odd | 8 | --rank 2 --epochs 2 | 1 | 2 |" in capsys.readouterr().out
+    assert re.search(r"base +odd +8 +--rank 2 --epochs 2 +1 +2 ", capsys.readouterr().out)
 
 
 def test_draws_of_few_lines_hold_no_line_twice(odd_run) -> None:
