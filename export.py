@@ -89,9 +89,8 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run} is no run of train.py: it holds no config.json")
     saved = runs.read_run(run)
+    runs.finished(run)
     resume = f"{script.command('train')} --resume --out {shlex.quote(str(run))}"
-    if not (run / "adapter" / "adapter.json").exists():
-        raise FileNotFoundError(f"{run} has not finished; go on with: {resume}")
     # A base that was trained in a few bits is exported from its own weights: base_bits stays None.
     limit = config.limit_test or (CHECKED if saved.limit_test == 0 else saved.limit_test)
     dtype = saved.dtype if config.dtype == "auto" else config.dtype

@@ -28,9 +28,8 @@ def main(argv: Sequence[str]) -> None:
                         help="folder to write to (default: %(default)s)")
     args = parser.parse_args(argv)
     run, allocating = Path(args.out), from_flags(flags.AllocationConfig, vars(args))
-    if args.allocation:
-        allocating = probing.with_file(allocating, args.allocation)
-    if allocating.fixed:
+    allocation, settings = probing.read_allocation(allocating)
+    if allocation:
         parser.error(f"{args.allocation} is an allocation already: nothing is left to probe")
     config = resolve_auto(from_flags(flags.InputConfig, vars(args)))
     if config.show:
@@ -42,14 +41,14 @@ def main(argv: Sequence[str]) -> None:
     must_be_writable(run)
 
     # Load, probe and allocate.
-    allocating = probing.without_small(allocating, inputs := load_inputs(config))
-    probing.known_allocation(allocating, inputs)                     # finds flags that are wrong
+    settings = probing.without_small(settings, inputs := load_inputs(config))
+    probing.known_allocation(settings, inputs)           # finds flags that are wrong
     with script.working_in(run, f"{script.command('probe')} {shlex.join(argv)}"):
-        scores = probing.run_probe(allocating, inputs)
+        scores = probing.run_probe(allocating, settings, inputs)
         for name in ("allocation.json", "allocation.svg"):
             (run / name).unlink(missing_ok=True)         # of an earlier probe, with other scores
         write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
-        allocation = probing.choose(allocating, scores)  # the scores may not fit a budget
+        allocation = probing.choose(settings, scores)  # the scores may not fit a budget
 
         # Save.
         write_json(run / "allocation.json", allocation.to_json())

@@ -13,17 +13,16 @@ except for times.
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import torch
 
-from minismoe.cli import flags, probing, results, runs, script
+from minismoe.cli import probing, results, runs, script
+from minismoe.cli.flags import RunConfig
 from minismoe.cli.inputs import Inputs, load_inputs, print_examples, resolve_auto
 from minismoe.data.tasks import Example, are_short
 from minismoe.io.files import write_json
-from minismoe.io.flags import new_parser
 from minismoe.io.progress import progress_bar
 from minismoe.io.text import clean
 from minismoe.method.allocate import Allocation
@@ -43,33 +42,33 @@ BASE_ANSWERS = 100       # of a task, by which the base is judged: most bases an
 
 def main(argv: Sequence[str]) -> None:
     # Configure.
-    begun, config = time.perf_counter(), parse(argv)
-    if runs.finished(config) and not config.inputs.show:
+    begun, config = time.perf_counter(), runs.configure(argv, __doc__)
+    if runs.is_complete(config) and not config.show:
         print(f"nothing is missing: {config.out} holds its results")
         return
-    config = replace(config, inputs=resolve_auto(config.inputs))
-    if config.inputs.device.startswith("cuda"):
+    config = resolve_auto(config)
+    if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")   # TF32, where products are not in bfloat16
-    if config.inputs.show:
-        print_examples(config.inputs, config.inputs.show)
+    if config.show:
+        print_examples(config, config.show)
         return
     runs.check_free(runs.folder_of(config), config.resume)       # before hours of work
 
     # Load.
-    inputs = load_inputs(config.inputs)
-    if config.inputs.limit_test != 0 and (bare := [t.name for t in inputs.tasks if not t.test]):
+    inputs = load_inputs(config)
+    if config.limit_test != 0 and (bare := [t.name for t in inputs.tasks if not t.test]):
         raise ValueError(f"task {', '.join(bare)} has no test line: add a test.jsonl, or write at "
                          "least two different lines into its only file; --limit-test 0 skips the "
                          "test")
 
     # Probe and allocate, unless the flags, or the run that goes on, name the allocation.
-    seconds = dict[str, float]()
-    allocation, scores = give_experts(config, inputs, seconds)
+    now = time.perf_counter()
+    allocation, scores = give_experts(config, inputs)
+    seconds = {"probe": round(time.perf_counter() - now, 2)} if scores else {}
     print(probing.allocation_heatmap(inputs.model, allocation))
-    training = with_defaults(config.training, inputs.model, [*chain(*inputs.encoded.values())])
-    if config.training.lr is None:
-        print(f"learning rate: {training.lr}, by the size of the base's weights")
-    config = replace(config, training=training)
+    given, config = config, with_defaults(config, inputs.model, [*chain(*inputs.encoded.values())])
+    if given.lr is None:
+        print(f"learning rate: {config.lr}, by the size of the base's weights")
 
     # From here on the folder is a run, which --resume continues.
     with runs.run_folder(config) as run:
@@ -82,29 +81,22 @@ def main(argv: Sequence[str]) -> None:
           + runs.next_commands(run, config))
 
 
-def give_experts(config: flags.RunConfig, inputs: Inputs, seconds: dict[str, float],
-                 ) -> tuple[Allocation, Scores | None]:
+def give_experts(config: RunConfig, inputs: Inputs) -> tuple[Allocation, Scores | None]:
     """Put experts on the model: those of --init, those that the flags name, or as a probe says,
-    whose scores are returned, too, and whose time goes into `seconds`."""
+    whose scores are returned, too."""
     if config.init:
         return load_adapter(inputs.model, Path(config.init) / "adapter"), None
-    allocating, scores = probing.without_small(config.allocating, inputs), None
-    allocation = probing.known_allocation(allocating, inputs)
-    if allocation is None:
-        now = time.perf_counter()
-        scores = probing.run_probe(allocating, inputs,
-                                 min(probing.PROBE_BATCH, config.training.micro))
-        allocation = probing.choose(allocating, scores)
-        seconds["probe"] = round(time.perf_counter() - now, 2)
-    elif len(inputs.encoded) == 1 and allocation.strategy == "lora":
+    size = min(probing.PROBE_BATCH, config.micro)
+    allocation, scores = probing.allocation_of(config, inputs, size)
+    if not scores and len(inputs.encoded) == 1 and allocation.strategy == "lora":
         print(f"one task: a plain LoRA of rank {allocation.rank}, without a probe; several tasks "
               "share experts by votes")
-    torch.manual_seed(config.inputs.seed)    # the same experts whatever was drawn before
+    torch.manual_seed(config.seed)           # the same experts whatever was drawn before
     add_experts(inputs.model, allocation)
     return allocation, scores
 
 
-def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, allocation: Allocation,
+def train_and_evaluate(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation,
                        seconds: dict[str, float]) -> None:
     """Evaluate, train, evaluate again, save; what `run` holds already is not done again."""
     trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
@@ -124,9 +116,9 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
 
     # Train.
     examples, valid = ([*chain(*split.values())] for split in (inputs.encoded, inputs.valid))
-    if config.training.patience and not valid:
+    if config.patience and not valid:
         print("there is no validation line, so --patience ends nothing")
-    summary = train(inputs.model, examples, config.training, run, inputs.tokenizer.pad_id,
+    summary = train(inputs.model, examples, config, run, inputs.tokenizer.pad_id,
                     config.resume, valid, bool(config.init))
     seconds["train"] = round(summary["seconds"], 2)
     if summary["step"]:
@@ -141,7 +133,7 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
         "seconds": seconds})
     if summary["step"]:
         print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s")
-        if words := what_next(run, config.training, inputs.model, examples, summary["kept"]):
+        if words := what_next(run, config, inputs.model, examples, summary["kept"]):
             print(words)
 
 
@@ -155,25 +147,15 @@ def what_next(run: Path, cfg: TrainConfig, model: CausalLM, examples: Sequence[E
     return advice(losses, examples, (cfg.lr or lr, lr), (cfg.epochs or epochs, epochs))
 
 
-def parse(argv: Sequence[str]) -> flags.RunConfig:
-    """What the flags ask for: a new run, one that goes on, or one from the experts of another."""
-    parser = new_parser(__doc__, {
-        "run": flags.RunConfig, "model and data": flags.InputConfig,
-        "probe and allocation": flags.AllocationConfig, "training": TrainConfig})
-    args = parser.parse_args(argv)
-    begin = runs.resumed_run if args.resume else runs.run_from if args.init else runs.new_run
-    return begin(parser, argv)
-
-
 @torch.no_grad()
-def score(inputs: Inputs, when: str, config: flags.RunConfig) -> dict[str, Judgement]:
+def score(inputs: Inputs, when: str, config: RunConfig) -> dict[str, Judgement]:
     """What the model does with the test lines of each task, with a bar."""
-    judgements, fitting = {}, evaluating(config.training.micro)
+    judgements, fitting = {}, evaluating(config.micro)
     with multiplying_copies(inputs.model), progress_bar(
             total=sum(len(asked.lines) for asked in inputs.asked.values()), unit="line",
             desc=f"evaluate {when}") as bar:
         for i, (name, asked) in enumerate(inputs.asked.items()):
-            exact = config.inputs.limit_test != 0 and (
+            exact = config.limit_test != 0 and (
                 config.exact_match == "on" or config.exact_match == "auto"
                 and are_short([*map(len, asked.answers)]))
             if when == "before" and not config.init:     # a base that answers right needs no run

@@ -1,13 +1,13 @@
 """The flags of train.py and probe.py, as the typed configurations that they become.
 
 A configuration is made once, from the parsed flags, and never changed: `dataclasses.replace` makes
-another.
+another. RunConfig is all three kinds of configuration at once, and is given wherever one is wanted.
 """
 
 from dataclasses import dataclass
 
 from ..io.flags import above_zero, flag, natural, positive, seed, text, two_names
-from ..method.allocate import STRATEGIES, Allocation, AllocationSettings
+from ..method.allocate import STRATEGIES
 from ..training.loop import TrainConfig
 
 # Settings of the allocation that have no flag: a file for --allocation may hold them.
@@ -58,7 +58,7 @@ class InputConfig:
 
 
 @dataclass(frozen=True)
-class AllocationConfig(AllocationSettings):
+class AllocationConfig:
     """How much the probe measures, and how experts are given to matrices."""
 
     samples: int = flag(32, "training examples a task to probe (default: %(default)s)", positive,
@@ -79,19 +79,13 @@ class AllocationConfig(AllocationSettings):
     allocation: str | None = flag(
         None, 'an allocation.json, or {"module": experts}; or settings of the allocation: '
         + ", ".join(SETTINGS), text, metavar="FILE")
-    # Without a flag:
-    min_experts: int = 1                # 0: the paper's vote, which leaves some matrices bare
-    fixed: Allocation | None = None     # what the file of --allocation holds, unless it is settings
     seed: int = 0                       # --seed, a flag of InputConfig
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(InputConfig, AllocationConfig, TrainConfig):
     """All that the flags of train.py ask for; a run's config.json holds it."""
 
-    inputs: InputConfig
-    allocating: AllocationConfig
-    training: TrainConfig
     out: str | None = flag(None, "folder of the run (default: a new one in runs)", text,
                            metavar="RUN")
     exact_match: str = flag(

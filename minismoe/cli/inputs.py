@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
+from typing import TypeVar
 
 import torch
 
@@ -30,6 +31,8 @@ from ..model.checkpoint import load_model, read_config
 from ..model.decoder import CausalLM, meta_model
 from ..training.evaluate import Questions, questions
 from .flags import InputConfig
+
+Config = TypeVar("Config", bound=InputConfig)
 
 
 @dataclass
@@ -57,7 +60,7 @@ class Inputs:
         return fingerprints
 
 
-def resolve_auto(config: InputConfig) -> InputConfig:
+def resolve_auto(config: Config) -> Config:
     """The same with a device and a dtype in place of "auto". Raises ValueError for a device that is
     not there."""
     device = torch.device(config.device if config.device != "auto" else

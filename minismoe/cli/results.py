@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,19 +15,16 @@ from ..training.verdict import read_metrics
 from .inputs import Inputs
 from .runs import saved_config
 
+MEASURES = ("loss", "token_accuracy", "samples")         # of each task in before.json
+
 
 def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Judgement]:
     """How well the base did, by task. ValueError if before.json does not say it."""
-    with suppress(AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
-        content = files.read_json(file)
-        before = {name: content[name] for name in tasks}
-        results_json(before, before, {})         # raises for what cannot be compared
-        for judgement in before.values():        # as these do, for what cannot be printed
-            sum(judgement[name] or 0 for name in ("loss", "token_accuracy"))
-            "".join(sample[key] for sample in judgement["samples"]
-                    for key in ("prompt", "expected", "given"))
-        return before
-    raise ValueError(f"{file} is damaged: remove it, and --resume evaluates the base again")
+    content = files.read_json(file)
+    with files.naming(f"{file} is damaged: remove it, and --resume evaluates the base again; it "
+                      "lacks", KeyError):
+        return {name: content[name] | {measure: content[name][measure] for measure in MEASURES}
+                for name in tasks}
 
 
 def read_after(run: Path, inputs: Inputs) -> dict[str, list[int]]:

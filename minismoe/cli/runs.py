@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from ..io import files
-from ..io.flags import as_flags, from_flags, option, wrong_value
+from ..io.flags import as_flags, from_flags, new_parser, option, wrong_value
 from ..io.text import clean
 from ..method.allocate import Allocation
 from ..model.checkpoint import versions
 from ..training.loop import TrainConfig
 from .flags import CHOOSING, AllocationConfig, InputConfig, RunConfig
 from .inputs import Inputs
-from .probing import with_file
+from .probing import read_allocation
 from .script import command, working_in
 
 # Flags that a resumed run may change; of UPDATED, its config.json then holds the new values.
@@ -30,6 +30,73 @@ RESUMABLE = ("out", "resume", "debug", "show", *UPDATED)
 # Flags that export.py takes over from a run.
 EXPORTED = ("model", "data", "columns", "only_tasks", "system", "limit_train", "limit_valid",
             "limit_test", "max_length", "seed")
+
+
+def configure(argv: Sequence[str], description: str | None) -> RunConfig:
+    """What the flags of train.py ask for: a new run, one that goes on, or one from the experts of
+    another. Exits with 2 if flags contradict each other; ValueError lists flags that a resumed run
+    may not change; FileNotFoundError if the run of --init has no adapter."""
+    parser = new_parser(description, {
+        "run": RunConfig, "model and data": InputConfig, "probe and allocation": AllocationConfig,
+        "training": TrainConfig})
+    args = parser.parse_args(argv)
+    chosen = [option(name) for name in (*CHOOSING, "allocation", "rank", "alpha")
+              if getattr(args, name) != parser.get_default(name)]
+    if args.resume:
+        if not args.out:
+            parser.error("--resume needs --out RUN")
+        args = resumed(parser, argv, args.out)
+    elif args.init:
+        if chosen:
+            parser.error("--init takes the experts of RUN as they are: leave out "
+                         f"{', '.join(chosen)}")
+        kept = saved_config(finished(Path(args.init)))["arguments"]
+        same = args.data in (None, kept["data"])         # then the same lines, too
+        names = ("base_bits", *(EXPORTED if same else ("model", "system")))
+        args = parser.parse_args(argv, Namespace(**{name: kept[name] for name in names}))
+    elif args.epochs == 0:
+        parser.error("--epochs 0 trains nothing: name a run to judge by --init RUN")
+    args.micro_batch_size = args.micro_batch_size or args.batch_size
+    config = from_flags(RunConfig, vars(args))
+    idle = [flag for flag in chosen if flag in map(option, CHOOSING)]
+    if read_allocation(config)[0] and idle and not config.resume:
+        parser.error(f"--allocation says what these would choose: leave out {', '.join(idle)}")
+    return config
+
+
+def resumed(parser: ArgumentParser, argv: Sequence[str], out: str) -> Namespace:
+    """The flags of the run in --out, with those changed that argv names. ValueError lists flags
+    that may not change."""
+    kept = saved_config(Path(out))["arguments"] | {"out": out}
+    args = parser.parse_args(argv, Namespace(**kept))
+    if args.dtype == "auto":                 # the run began with what auto was then
+        args.dtype = kept["dtype"]
+    if changed := [f"{option(name)} {now} (was {kept[name]})" for name, now in vars(args).items()
+                   if name not in RESUMABLE and kept[name] != now]:
+        raise ValueError(f"a resumed run keeps its flags: {', '.join(changed)}. It may change "
+                         f"{', '.join(map(option, UPDATED))}; another run with other flags may "
+                         f"begin with its experts: --init {shlex.quote(out)}")
+    if (allocation := Path(out) / "allocation.json").exists():       # the probe does not run again
+        args.allocation = str(allocation)
+    return args
+
+
+def finished(run: Path) -> Path:
+    """A run that has an adapter; FileNotFoundError says how one without goes on."""
+    if not (run / "adapter" / "adapter.json").exists():
+        raise FileNotFoundError(f"{run} has not finished; go on with: {command('train')} --resume "
+                                f"--out {shlex.quote(str(run))}")
+    return run
+
+
+def is_complete(config: RunConfig) -> bool:
+    """Whether a resumed run holds its results already, and its model and data are where it says."""
+    run = Path(config.out or "")
+    if not config.resume or not all(
+            (run / name).exists() for name in ("results.json", "adapter/adapter.json")):
+        return False
+    saved = saved_config(run)["arguments"]
+    return (config.model, config.data) == (saved["model"], saved["data"])
 
 
 def check_free(run: Path, resume: bool) -> None:
@@ -53,7 +120,7 @@ def check_free(run: Path, resume: bool) -> None:
 
 def folder_of(config: RunConfig) -> Path:
     """--out, or the next free name in runs."""
-    name, n = Path(config.inputs.model or "default").resolve().name, 1
+    name, n = Path(config.model or "default").resolve().name, 1
     while (free := Path("runs") / f"{name}-{n}").exists():
         n += 1
     return Path(config.out or free)
@@ -72,64 +139,6 @@ def run_folder(config: RunConfig) -> Iterator[Path]:
         yield run
 
 
-def new_run(parser: ArgumentParser, argv: Sequence[str]) -> RunConfig:
-    """A run as the flags of argv say."""
-    args = parser.parse_args(argv)
-    if args.epochs == 0:
-        parser.error("--epochs 0 trains nothing: name a run to judge by --init RUN")
-    config = configured(args, args.allocation)
-    idle = [option(name) for name in CHOOSING if getattr(args, name) != parser.get_default(name)]
-    if config.allocating.fixed and idle:
-        parser.error(f"--allocation says what these would choose: leave out {', '.join(idle)}")
-    return config
-
-
-def resumed_run(parser: ArgumentParser, argv: Sequence[str]) -> RunConfig:
-    """The run in --out, with those of its flags changed that argv names. ValueError lists flags
-    that may not change."""
-    if not (out := parser.parse_args(argv).out):
-        parser.error("--resume needs --out RUN")
-    kept = saved_config(Path(out))["arguments"] | {"out": out}
-    args = parser.parse_args(argv, Namespace(**kept))
-    if args.dtype == "auto":                 # the run began with what auto was then
-        args.dtype = kept["dtype"]
-    if changed := [f"{option(name)} {now} (was {kept[name]})" for name, now in vars(args).items()
-                   if name not in RESUMABLE and kept[name] != now]:
-        raise ValueError(f"a resumed run keeps its flags: {', '.join(changed)}. It may change "
-                         f"{', '.join(map(option, UPDATED))}; another run with other flags may "
-                         f"begin with its experts: --init {shlex.quote(out)}")
-    allocation = Path(out) / "allocation.json"           # the probe does not run again
-    return configured(args, allocation if allocation.exists() else args.allocation)
-
-
-def run_from(parser: ArgumentParser, argv: Sequence[str]) -> RunConfig:
-    """A run from the experts of --init. Where argv names no others, it has the model, its bits, the
-    system prompt and, unless argv names other data, the data of that run and the flags that choose
-    lines. FileNotFoundError if that run has no adapter."""
-    args = parser.parse_args(argv)
-    if given := [option(name) for name in (*CHOOSING, "allocation", "rank", "alpha")
-                 if getattr(args, name) != parser.get_default(name)]:
-        parser.error(f"--init takes the experts of RUN as they are: leave out {', '.join(given)}")
-    kept = saved_config(run := Path(args.init))["arguments"]
-    if not (run / "adapter" / "adapter.json").exists():
-        raise FileNotFoundError(f"{run} has not finished; go on with: {command('train')} --resume "
-                                f"--out {shlex.quote(str(run))}")
-    same = args.data in (None, kept["data"])
-    names = ("base_bits", *(EXPORTED if same else ("model", "system")))
-    return configured(parser.parse_args(argv, Namespace(**{n: kept[n] for n in names})), None)
-
-
-def configured(args: Namespace, allocation: str | Path | None) -> RunConfig:
-    """The configuration that flags make, with what the file `allocation` holds."""
-    values = vars(args) | {"micro_batch_size": args.micro_batch_size or args.batch_size}
-    allocating = from_flags(AllocationConfig, values, keep=None)         # --keep is of training
-    if allocation:
-        allocating = with_file(allocating, allocation)
-    return from_flags(RunConfig, values, allocating=allocating,
-                      inputs=from_flags(InputConfig, values),
-                      training=from_flags(TrainConfig, values))
-
-
 def saved_config(run: Path) -> dict[str, Any]:
     """The config.json of a run, its "arguments" checked, with defaults in place of null. Raises
     FileNotFoundError if there is none, and ValueError if it is not that of a run, if another
@@ -142,8 +151,7 @@ def saved_config(run: Path) -> dict[str, Any]:
     form = {"arguments": dict, "identity": dict, "versions": dict, "threads": int}
     if lacks := [name for name, kind in form.items() if not isinstance(config.get(name), kind)]:
         raise ValueError(f"{file} is not of a run: it lacks {', '.join(lacks)}")
-    flags = {f.name: f for kind in (RunConfig, InputConfig, AllocationConfig, TrainConfig)
-             for f in fields(kind) if f.metadata}
+    flags = {f.name: f for f in fields(RunConfig) if f.metadata}
     saved = {name: value for name, value in config["arguments"].items() if value is not None}
     other = [f"lacks {name}" for name, f in flags.items()
              if f.default is not None and name not in config["arguments"]]
@@ -166,16 +174,6 @@ def read_run(run: Path) -> InputConfig:
     return InputConfig(**{name: saved[name] for name in (*EXPORTED, "dtype")})
 
 
-def finished(config: RunConfig) -> bool:
-    """Whether a resumed run holds its results already, and its model and data are where it says."""
-    run, inputs = Path(config.out or ""), config.inputs
-    complete = all((run / name).exists() for name in ("results.json", "adapter/adapter.json"))
-    if not (config.resume and complete):
-        return False
-    saved = saved_config(run)["arguments"]
-    return (inputs.model, inputs.data) == (saved["model"], saved["data"])
-
-
 def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation) -> None:
     """Write config.json, which makes a folder a run; of a resumed run, with its new flags.
 
@@ -184,7 +182,7 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
     """
     now: dict[str, Any] = {
         "format": "minismoe.run/1",
-        "arguments": as_flags(config, config.inputs, config.allocating, config.training),
+        "arguments": as_flags(config),
         "identity": inputs.identity | {
             "the allocation": files.sha256_of_json(allocation.to_json())[:16]},
         "versions": versions(), "machine": platform.platform(), "threads": torch.get_num_threads()}
@@ -229,7 +227,7 @@ def other_tasks(run: Path, inputs: Inputs) -> str:
 def next_commands(run: Path, config: RunConfig) -> str:
     """Commands to type next."""
     commands = ["Next:", f"  {command('export')} {shlex.quote(str(run))}"]
-    if config.inputs.model is None:
+    if config.model is None:
         commands.append(f"  {command('train')} --model HuggingFaceTB/SmolLM2-135M-Instruct --data "
                         "FOLDER")
     return "\n".join(commands)

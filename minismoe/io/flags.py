@@ -32,21 +32,20 @@ def new_parser(description: str | None, groups: Mapping[str, type]) -> argparse.
     for title, config in groups.items():
         group = parser.add_argument_group(title)
         for f in fields(config):
-            if f.metadata:                   # `flag` made the field
+            if f.metadata and f.name in vars(config):    # `flag` made it, and no class above
                 group.add_argument(option(f.name), default=f.default, **f.metadata)
     return parser
 
 
-def from_flags(config: Callable[..., Config], values: Mapping[str, Any], **changes: Any) -> Config:
-    """A configuration of the parsed flags `values`, as vars(args), with some fields changed."""
+def from_flags(config: Callable[..., Config], values: Mapping[str, Any]) -> Config:
+    """A configuration of the parsed flags `values`, as vars(args)."""
     names = [f.name for f in fields(config)]             # type: ignore[arg-type]
-    return config(**{name: values[name] for name in names if name in values} | changes)
+    return config(**{name: values[name] for name in names if name in values})
 
 
-def as_flags(*configs: Any) -> dict[str, Any]:
-    """{name: value} of the flags of configurations."""
-    return {f.name: getattr(config, f.name) for config in configs for f in fields(config)
-            if f.metadata}
+def as_flags(config: Any) -> dict[str, Any]:
+    """{name: value} of the flags of a configuration."""
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.metadata}
 
 
 class Checked:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median_low
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -73,7 +73,10 @@ class TrainConfig:
         return min(self.micro_batch_size or self.batch_size, self.batch_size)
 
 
-def with_defaults(cfg: TrainConfig, model: CausalLM, examples: Sequence[Example]) -> TrainConfig:
+Settings = TypeVar("Settings", bound=TrainConfig)
+
+
+def with_defaults(cfg: Settings, model: CausalLM, examples: Sequence[Example]) -> Settings:
     """The same with numbers, from schedule.py, for what the model and the lines decide. Raises
     ValueError for a model without experts."""
     if not expert_layers(model):

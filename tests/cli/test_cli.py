@@ -99,7 +99,7 @@ def test_a_cpu_computes_in_what_it_multiplies(inputs, monkeypatch, capsys, multi
     for unit in ("amx_tile", "avx512_bf16", "vnni"):
         monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda u=unit: u in units,
                             raising=False)
-    config = resolve_auto(train.parse([*inputs, "--device", "cpu"]).inputs)
+    config = resolve_auto(runs.configure([*inputs, "--device", "cpu"], None))
     multiplies = bool({"amx_tile", "avx512_bf16"} & set(units))
     assert config.dtype == ("bfloat16" if multiplies else "float32")
     assert resolve_auto(InputConfig(device="cpu")).dtype == "float32"        # of the toy
@@ -119,10 +119,10 @@ def test_torch_says_what_this_cpu_multiplies(multiplies_bfloat16) -> None:
 def test_the_seed_draws_the_experts(inputs) -> None:
     """Whatever was drawn before, as by a probe."""
     def drawn(seed: int) -> torch.Tensor:
-        config = train.parse([*inputs, "--strategy", "uniform", "--seed", str(seed)])
-        loaded = load_inputs(resolve_auto(config.inputs))
+        config = runs.configure([*inputs, "--strategy", "uniform", "--seed", str(seed)], None)
+        loaded = load_inputs(resolve_auto(config))
         torch.rand(3)
-        train.give_experts(config, loaded, {})
+        train.give_experts(config, loaded)
         return torch.cat([layer.lora_A.flatten() for layer in expert_layers(loaded.model).values()])
     assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
 
@@ -321,11 +321,10 @@ def test_init_takes_the_lines_of_its_run(inputs, tmp_path, succeed, fails) -> No
 
 def test_a_damaged_before_json_is_one_clear_line(run, succeed, fails) -> None:
     before = (run / "before.json").read_text()
-    for damaged in ("[]", "{}", '{"sum": 1, "upper": 2}',
-                    before.replace('"correct": 0', '"correct": "0"'),
-                    before.replace('"examples": 3', '"examples": 0')):
+    for damaged, says in (("[]", "before.json holds no JSON object"), ("{}", "lacks: 'sum'"),
+                          (before.replace('"loss"', '"x"'), "before.json is damaged: remove it")):
         (run / "before.json").write_text(damaged)
-        fails(train.main, "--resume", "--out", run, says="before.json is damaged: remove it")
+        fails(train.main, "--resume", "--out", run, says=says)
     (run / "before.json").unlink()
     succeed(train.main, "--resume", "--out", run)
     assert (run / "before.json").read_text() == before

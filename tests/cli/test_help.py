@@ -15,11 +15,10 @@ from minismoe.export.settings import ExportConfig
 from minismoe.io.flags import option
 from minismoe.runtime import __main__ as runtime
 from minismoe.runtime.sampling import Sampling
-from minismoe.training.loop import TrainConfig
 
 
 @pytest.mark.parametrize(("script", "configs"), [
-    (train, (RunConfig, InputConfig, AllocationConfig, TrainConfig)),
+    (train, (RunConfig,)),
     (probe, (InputConfig, AllocationConfig)), (export, (ExportConfig,)), (runtime, (Sampling,))])
 def test_each_flag_has_a_help_and_says_its_default(script: Any, configs: tuple[type, ...],
                                                    capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from minismoe.data.lines import with_system
 from minismoe.data.tasks import Example, Task
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.io.files import read_json, write_json
+from minismoe.method.allocate import AllocationSettings
 from minismoe.runtime.folder import trained_system
 from minismoe.training import evaluate, verdict
 
@@ -165,7 +166,7 @@ def test_a_rank_that_a_file_overrules_is_said(inputs, tmp_path, capsys) -> None:
     file.write_text(json.dumps({"format": "minismoe.allocation/1", "rank": 2,
                                 "experts": {"model.layers.0.mlp.up_proj": 1}}))
     for rank, said in ((3, True), (2, False), (8, False)):         # 8 is the default
-        probing.with_file(AllocationConfig(rank=rank, allocation=str(file)), file)
+        probing.allocation_of(AllocationConfig(rank=rank, allocation=str(file)), None)
         assert ("says rank 2, which is taken, and not 3" in capsys.readouterr().err) == said
 
 
@@ -205,7 +206,8 @@ def test_a_run_goes_on_where_its_model_and_data_moved_to(inputs, finished, tmp_p
     fails(train.main, *moved, says="began with other inputs: task ")
 
 
-def measured(monkeypatch, count: int, **flags: object) -> list[list[float]]:
+def measured(monkeypatch, count: int, seed: int = 0, samples: int = 6, **settings: object,
+             ) -> list[list[float]]:
     """Rows of the probe; token i of a sample stands for row i of the norms."""
     norms = torch.rand(count, 4, generator=torch.Generator().manual_seed(count)).double()
     model = nn.Module()
@@ -216,7 +218,8 @@ def measured(monkeypatch, count: int, **flags: object) -> list[list[float]]:
         "t": [Example("t", [i], [i]) for i in range(count)]})
     monkeypatch.setattr(probing, "probe", lambda _, tasks: SimpleNamespace(
         samples={"t": norms[tasks["t"][0][0][:, 0]]}))
-    return probing.run_probe(AllocationConfig(**flags), data).samples["t"].tolist()
+    config = AllocationConfig(samples=samples, seed=seed)
+    return probing.run_probe(config, AllocationSettings(**settings), data).samples["t"].tolist()
 
 
 def test_the_seed_draws_the_samples(monkeypatch) -> None:
@@ -226,7 +229,7 @@ def test_the_seed_draws_the_samples(monkeypatch) -> None:
 
 def test_the_overlap_is_that_of_the_targets(monkeypatch, capsys) -> None:
     """One of a and b is voted for, whatever c and d are."""
-    rows = measured(monkeypatch, 6, samples=6, keep=0.5, target_modules="a,b")
+    rows = measured(monkeypatch, 6, keep=0.5, target_modules="a,b")
     even, odd = (max((0, 1), key=lambda m: sum(row[m] for row in half))
                  for half in (rows[::2], rows[1::2]))
     assert capsys.readouterr().out.split()[-1] == f"{float(even == odd):.2f}"

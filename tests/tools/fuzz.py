@@ -206,9 +206,10 @@ class Fuzz:
     def allocation(self, rng: Rng) -> Any:
         whole = ALLOCATION.to_json()
         (self.case / "a.json").write_bytes(rng.text(rng.choice([whole, whole["experts"]])))
-        flags = probing.with_file(AllocationConfig(rank=4), self.case / "a.json")
-        if flags.fixed:
-            add_experts(load_model(self.base), flags.fixed)
+        allocation, _ = probing.read_allocation(
+            AllocationConfig(rank=4, allocation=str(self.case / "a.json")))
+        if allocation:
+            add_experts(load_model(self.base), allocation)
 
     def lines(self, rng: Rng) -> Any:
         lines = [rng.text(line) if rng.random() < 0.3 else json.dumps(line).encode()
