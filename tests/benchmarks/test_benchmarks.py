@@ -1,6 +1,5 @@
 """The benchmarks of speed and memory still run: each measures a tiny model once."""
 
-import argparse
 import json
 import re
 import sys
@@ -8,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_bytes_model, write_lines
+from exported import export, random_model
+from tiny import QUICK, save_bytes_model, write_lines
 
 import train
 from minismoe.io.files import read_json
@@ -16,51 +16,42 @@ from minismoe.model.checkpoint import load_model
 
 if sys.platform != "linux":
     pytest.skip("they read peak memory as Linux tells it", allow_module_level=True)
-import decode_speed
-import family_speed
 import few
-import growth
 import merging
-import probe_speed
 import rounding
-import train_speed
+import speed
+import speed_training
+import strategies
 
 
-@pytest.mark.parametrize("side", decode_speed.OURS)
-def test_decode_speed_exports_a_side_and_measures_it(side, tmp_path, monkeypatch, capsys) -> None:
-    model = save_bytes_model(tmp_path / "model", hidden_size=64, intermediate_size=64,
-                             num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-    decode_speed.export(model, tmp_path / side, side)
-    monkeypatch.setenv("STARTED", "0")
-    decode_speed.child(side, tmp_path / side, threads=1, tokens=4)
-    seen = json.loads(capsys.readouterr().out)
-    assert seen.pop("tokens") == 4
-    assert seen.keys() == {"first", "peak", "rate", "prefill28", "prefill512"}
-    assert all(value > 0 for value in seen.values())
+@pytest.mark.parametrize("work", ["train", "probe"])
+def test_speed_measures_sides_that_train(work, inputs, monkeypatch) -> None:
+    args = speed.parse([work, "--model", inputs[1], "--data", inputs[3], "--tasks", "sum",
+                        "--batch-size", "4", "--count", "2"])
+    measure, sides = speed.WORKS[work]
+    found = {side: measure(args, side) for side in sides}
+    assert len({tuple(figures) for figures in found.values()}) == 1
+    assert all(value > 0 for figures in found.values() for value in figures.values())
 
 
-def test_family_speed_measures_every_family(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["family_speed", "--layers", "4", "--width", "128",
-                                      "--rounds", "1", "--tokens", "3"])
-    family_speed.main()
-    _, _, *rows = capsys.readouterr().out.splitlines()
-    assert [row.split()[0] for row in rows] == [*family_speed.OWN]
-    assert all(float(ratio) > 0 for row in rows for ratio in row.split()[2:])
+def test_speed_measures_every_family() -> None:
+    args = speed.parse(["family", "--layers", "4", "--width", "128"])
+    measure, sides = speed.WORKS["family"]
+    assert [*sides] == [*speed_training.OWN]
+    for side in ("llama", "lfm2", "qwen3_5_text", "granitemoehybrid"):
+        assert min(measure(args, side).values()) > 0
 
 
-def arguments(inputs: list[str], **more: object) -> argparse.Namespace:
-    return argparse.Namespace(model=inputs[1], data=inputs[3], tasks=None, batch_size=4, **more)
-
-
-def test_train_speed_measures_our_side(inputs, capsys) -> None:
-    train_speed.child(arguments(inputs, steps=2, side="ours", dtype="float32", experts=2))
-    assert min(json.loads(capsys.readouterr().out).values()) > 0
-
-
-def test_probe_speed_times_three_sides(inputs, capsys) -> None:
-    probe_speed.measure(arguments(inputs, batches=2, rounds=1), "float32")
-    assert "samples x 14 matrices, 1 rounds" in (said := capsys.readouterr().out)
-    assert "x cheaper" in said
+def test_speed_measures_exports_and_reports_ratios(tmp_path, capsys) -> None:
+    """Each side in a process of its own."""
+    folder = export(random_model(max_position_embeddings=1024), tmp_path / "out", context=1024)
+    speed.main(["decode", str(folder), "--count", "4", "--rounds", "2", "--threads", "1"])
+    said, head, _, row = capsys.readouterr().out.splitlines()
+    assert said.startswith("decode: medians of 2 rounds") and "tokens/s" in head
+    assert row.split()[1:3] != ["0", "(1.00)"] and row.count("(1.00)") == 6
+    seen = {"a": [{"s": 1.0}, {"s": 2.0}, {"s": 4.0}], "b": [{"s": 2.0}, {"s": 2.0}, {"s": 9.0}]}
+    assert [line.split() for line in speed.report(seen).splitlines()[2:]] == [
+        ["a", "2", "(1.00)"], ["b", "2", "(2.00)"]]
 
 
 def test_merging_has_a_row_for_the_mixture_and_for_its_fits(inputs, tmp_path, capsys) -> None:
@@ -89,6 +80,19 @@ def odd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "--epochs", "6", "--lr", "0.02", "--rank", "2",
                 "--dtype", "float32", "--out", str(tmp_path / "run")])
     return tmp_path / "run"
+
+
+def test_strategies_are_compared_over_seeds(inputs, tmp_path, capfd) -> None:
+    """Finished runs are not run again."""
+    args = ["--out", str(tmp_path), "--strategies", "lora,uniform", "--seeds", "2", "--", *inputs,
+            *QUICK, "--budget-params", "9999"]
+    strategies.main(args)
+    rows = [line.split() for line in capfd.readouterr().out.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["lora", "uniform"] and rows[0][2:] == ["+0.0", "0.0"]
+    for run in tmp_path.glob("*"):
+        (run / "results.json").write_text('{"mean": {"after": %f}}' % ("uniform" in run.name))
+    strategies.main(args)
+    assert capfd.readouterr().out.splitlines()[-1].split() == ["uniform", "100.0", "+100.0", "0.0"]
 
 
 def test_rounding_pairs_ways_line_by_line(odd_run, tmp_path, monkeypatch, capsys) -> None:
@@ -136,13 +140,9 @@ def test_draws_of_few_lines_hold_no_line_twice(odd_run) -> None:
     assert few.drawn(folder, "odd", 3, 0)[0] == first[:3]
 
 
-def test_growth_makes_a_checkpoint_of_a_shape_and_measures_commands(inputs, tmp_path) -> None:
-    (folder := tmp_path / "base").mkdir()
-    growth.make_checkpoint(folder, (32, 48, 3, 4, 2), Path(inputs[1]))
-    model = load_model(folder, torch.bfloat16)
+def test_growth_makes_a_checkpoint_of_a_shape(inputs, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(speed.SIZES, "tiny", (32, 48, 3, 4, 2))
+    speed.checkpoint(tmp_path / "base", "tiny", inputs[1])
+    model = load_model(tmp_path / "base", torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == (
         259 * 32 + 32 + 3 * (2 * 32 + 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48))
-    result = growth.measured(["-c", "b = bytes(10 ** 8); print('{\"rate\": 7}')"], tmp_path / "log")
-    assert result["rate"] == 7 and result["seconds"] > 0 and 0.1 < result["peak"] < 2
-    with pytest.raises(RuntimeError, match="exit.3.* failed: see .*log"):
-        growth.measured(["-c", "exit(3)"], tmp_path / "log")
