@@ -11,6 +11,10 @@ stops after the probe, --resume completes it, and its files equal those of an un
 except for times.
 """
 
+if __name__ == "__main__":
+    from minismoe.io.signals import end_quietly
+    end_quietly()
+
 import time
 from collections.abc import Sequence
 from itertools import chain

@@ -331,7 +331,7 @@ def test_a_broken_input_is_refused(world: World, main: Any, spoil: Callable[[Wor
 @pytest.mark.parametrize("main, change, says", [
     (export.main, lambda c: c.pop("arguments"), "config.json is not of a run: "),
     (export.main, lambda c: c["arguments"].update(max_length=[9]), "argument --max-length: .*9"),
-    (export.main, lambda c: c["arguments"].pop("limit_valid"), "lacks limit_valid: another version "
+    (export.main, lambda c: c["arguments"].pop("max_length"), "lacks max_length: another version "
      "of minismoe made this run, so train again with this one"),
     (export.main, lambda c: c["arguments"].update(tasks="sum"), "has tasks, which is no flag: ano"),
     (train.main, lambda c: c["arguments"].update(epochs="x"), "argument --epochs: .*'x'"),

@@ -28,6 +28,7 @@ def main() -> None:
     if name == "chat":
         import_module("minismoe.runtime.__main__").run()
     else:                                # torch is imported here, so that chat does without it
+        import_module("minismoe.io.signals").end_quietly()
         installed = find_spec("minismoe.scripts") is not None
         if not installed:                # pip install -e: the scripts stay in the clone
             sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

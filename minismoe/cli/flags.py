@@ -32,13 +32,11 @@ class InputConfig:
     only_tasks: str | None = flag(
         None, "comma list of task names; default: all of --data", text, metavar="NAMES")
     limit_train: int | None = flag(
-        None, "use the first N training lines of each task; default: all", positive, metavar="N")
-    limit_valid: int = flag(
-        64, "use the first N validation lines of each task (default: %(default)s)", positive,
+        None, "use N training lines of each task, drawn by the seed; default: all", positive,
         metavar="N")
     limit_test: int | None = flag(
-        None, "use the first N test lines of each task; 0 skips the test; default: all", natural,
-        metavar="N")
+        None, "use N test lines of each task, drawn by the seed; 0 skips the test; default: all",
+        natural, metavar="N")
     system: str | None = flag(None, "system prompt of the lines that have none; an export begins "
                               "its chats with it", text, metavar="TEXT")
     max_length: int = flag(1024, "longer lines are cut, in training and where their loss is "

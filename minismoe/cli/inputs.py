@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -33,6 +34,8 @@ from ..training.evaluate import Questions, questions
 from .flags import InputConfig
 
 Config = TypeVar("Config", bound=InputConfig)
+Line = TypeVar("Line")
+VALIDATION_LINES = 64    # of each task: they are measured ten times while the model trains
 
 
 @dataclass
@@ -156,12 +159,20 @@ def read_tasks(config: InputConfig) -> list[Task]:
                              f"{', '.join(toy.TASKS)}")
         tasks = [t for t in toy.tasks(config.seed) if not names or t.name in names]
     for task in tasks:
-        task.train, task.test = task.train[:config.limit_train], task.test[:config.limit_test]
-        task.valid = task.valid[:config.limit_valid]
+        task.train = drawn(task.train, config.limit_train, config.seed)
+        task.valid = drawn(task.valid, VALIDATION_LINES, config.seed)
+        task.test = drawn(task.test, config.limit_test, config.seed)
         if config.system:
             for lines in (task.train, task.valid, task.test):
                 lines[:] = [with_system(messages, config.system) for messages in lines]
     return tasks
+
+
+def drawn(lines: list[Line], limit: int | None, seed: int) -> list[Line]:
+    """At most `limit` lines, in their order: a file may be sorted by its answers."""
+    if limit is None or len(lines) <= limit:
+        return lines
+    return [lines[i] for i in sorted(random.Random(seed).sample(range(len(lines)), limit))]
 
 
 def model_folder(config: InputConfig) -> Path:

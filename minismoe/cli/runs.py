@@ -28,8 +28,8 @@ ROUNDING = ("device", "micro_batch_size")    # these change the order of sums
 UPDATED = ("model", "data", "checkpoint_every", "patience", "recompute", *ROUNDING)
 RESUMABLE = ("out", "resume", "debug", "show", *UPDATED)
 # Flags that export.py takes over from a run.
-EXPORTED = ("model", "data", "columns", "only_tasks", "system", "limit_train", "limit_valid",
-            "limit_test", "max_length", "seed")
+EXPORTED = ("model", "data", "columns", "only_tasks", "system", "limit_train", "limit_test",
+            "max_length", "seed")
 
 
 def configure(argv: Sequence[str], description: str | None) -> RunConfig:

@@ -9,7 +9,7 @@ from ..data.tasks import Example, Task, probe_batches
 from ..data.tokenizer import FileTokenizer, Tokenizer
 from ..export.settings import Source
 from ..export.trim import write_trimmed
-from ..io.files import naming, new_folder, read_json
+from ..io.files import naming, read_json, replacing
 from ..io.text import clean, table
 from ..method.vocabulary import BPE, expected, tokens_to_keep
 from ..model.decoder import CausalLM
@@ -54,7 +54,7 @@ def trim(base: Path, model: CausalLM, tokenizer: Tokenizer, texts: Mapping[str, 
         likely = expected(model, batches).argsort(descending=True).tolist()
         kept = tokens_to_keep(bpe, needed, likely, count)
     del bpe                                              # 0.3 GB of Gemma 3's, which is read again
-    with new_folder(out) as folder:
+    with replacing(out, folder=True) as folder:
         write_trimmed(base, folder, kept)
     print(f"vocabulary: {len(kept):,} of {total:,} tokens; {len(needed):,} are those of the texts")
 

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from ..io.files import last_part, must_be_new, new_folder, sha256, sha256_of_parts, write_json
+from ..io.files import last_part, must_be_new, replacing, sha256, sha256_of_parts, write_json
 from ..method.experts import expert_layers
 from ..model.checkpoint import versions
 from ..runtime import FORMAT, Generator
@@ -46,7 +46,7 @@ def export_model(config: ExportConfig, source: Source,
     samples = shuffled_samples(config, source)
     for each in configs:
         print(in_words(each, bool(samples)))
-    with new_folder(out) as folder:
+    with replacing(out, folder=True) as folder:
         layouts.copy_base_files(source.base, folder, whole=config.layout != "peft")
         if config.port:                      # may refuse the tokenizer, and the chat template
             splitting(folder)

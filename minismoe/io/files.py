@@ -11,28 +11,90 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-UNFINISHED = ".minismoe.tmp"                         # the end of a name before the renaming
+UNFINISHED = ".minismoe.tmp"             # the end of a folder's name before the renaming
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, renamed to `path` once it is written without error."""
+def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
+    """A temporary file or folder beside `path`, renamed to `path` once it is written without error.
+
+    A folder takes no other's place: FileExistsError if `path` exists. Its process holds it by a
+    lock, which ends with the process: folders beside it that killed processes left are removed.
+    """
+    if folder:
+        must_be_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
+    tmp, lock = _temporary_folder(path) if folder else (_temporary_file(path), None)
     try:
-        yield Path(name)
-        _rename(Path(name), path)
+        yield tmp
+        for written in (*tmp.rglob("*"), tmp):
+            _sync(written)
+        umask = os.umask(0)                          # temporary files are the user's alone
+        os.umask(umask)
+        os.chmod(tmp, (0o777 if folder else 0o666) & ~umask)
+        os.replace(tmp, path)
+        _sync(path.parent)
     except OSError as e:                             # a failed write does not name its file
-        e.filename = str(path) if str(e.filename or name) == name else e.filename
+        if e.errno and str(e.filename or tmp) == str(tmp):
+            e.filename = str(path)
         raise
     except Exception as e:
         # safetensors has its own type for a full disk. The runtime works without safetensors.
         if type(e).__name__ != "SafetensorError":
             raise
         raise OSError(f"{path} cannot be written: {e}") from None
+    finally:                                         # after the renaming, it is gone
+        shutil.rmtree(tmp, ignore_errors=True) if folder else tmp.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _temporary_file(path: Path) -> Path:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    return Path(name)
+
+
+def _temporary_folder(path: Path) -> tuple[Path, int | None]:
+    """A folder beside `path`, and its lock; those that killed processes left are removed."""
+    for left in path.parent.glob(f".*{UNFINISHED}"):
+        if (lock := _lock(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    lock = _lock(new)                                # before it has a name that others look for
+    return new.rename(f"{new}{UNFINISHED}"), lock
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the number that is returned is closed; None if it is locked, or where a
+    folder cannot be, as on Windows."""
+    try:
+        import fcntl
+        number = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(number)
+        return None
+    return number
+
+
+def _sync(path: Path) -> None:
+    """Flush a file to disk, or the names in a folder, if its file system can do that."""
+    windows = os.name == "nt"                        # it cannot flush folders or read-only handles
+    if windows and path.is_dir():
+        return
+    fd = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
-        Path(name).unlink(missing_ok=True)           # it is gone after the renaming
+        os.close(fd)
 
 
 def last_part(path: str | None) -> str | None:
@@ -57,77 +119,6 @@ def must_be_writable(path: Path) -> None:
     except OSError:
         raise PermissionError(f"{path} cannot be written: {nearest} is no folder that can be "
                               "written") from None
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder, renamed to `path` at the end; FileExistsError if `path` exists.
-
-    A process holds its folder by a lock, which ends with the process: folders beside it that killed
-    processes left are removed.
-    """
-    must_be_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".*{UNFINISHED}"):
-        if (lock := _lock(left)) is not None:
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(lock)
-    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    lock = _lock(new)                                # before it has a name that others look for
-    tmp = new.rename(f"{new}{UNFINISHED}")
-    try:
-        yield tmp
-        _rename(tmp, path)
-    except OSError as e:                             # a failed write does not name its file
-        if e.errno and not e.filename:
-            e.filename = str(path)
-        raise
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)       # it is gone after the renaming
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """Lock a folder until the number that is returned is closed; None if it is locked, or where a
-    folder cannot be, as on Windows."""
-    try:
-        import fcntl
-        number = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        return None
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(number)
-        return None
-    return number
-
-
-def _rename(tmp: Path, path: Path) -> None:
-    """Flush `tmp` to disk and rename it to `path`, with the permissions that the umask allows."""
-    for written in (*tmp.rglob("*"), tmp):
-        _sync(written)
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(tmp, (0o777 if tmp.is_dir() else 0o666) & ~umask)
-    os.replace(tmp, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file to disk, or the names in a folder, if its file system can do that."""
-    windows = os.name == "nt"                        # it cannot flush folders or read-only handles
-    if windows and path.is_dir():
-        return
-    fd = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as e:
-        if e.errno != errno.EINVAL or not path.is_dir():
-            raise
-    finally:
-        os.close(fd)
 
 
 @contextmanager
@@ -172,11 +163,8 @@ def sha256_of_json(value: Any) -> str:
 
 def sha256(file: Path) -> str:
     """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
     with file.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def sha256_of_parts(file: Path, size: int) -> list[str]:

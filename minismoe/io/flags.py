@@ -7,7 +7,9 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import Field, field, fields
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
+
+from .text import clean
 
 Config = TypeVar("Config")
 LARGEST = sys.float_info.max              # a whole number of JSON may be larger
@@ -24,10 +26,17 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def new_parser(description: str | None, groups: Mapping[str, type]) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the list of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, clean(f"{self.prog}: error: {message} (--help explains the flags)") + "\n")
+
+
+def new_parser(description: str | None, groups: Mapping[str, type]) -> Parser:
     """A parser with --debug and the flags of the configurations in `groups`, {title: class}."""
-    parser = argparse.ArgumentParser(description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--debug", action="store_true", help="show a traceback on failure")
     for title, config in groups.items():
         group = parser.add_argument_group(title)

@@ -32,6 +32,15 @@ def interrupt(number: int, frame: object = None) -> None:
     raise Interrupted(number=number)
 
 
+def end_quietly() -> None:
+    """Let Ctrl-C end the process in one line while its modules load, before `handling`."""
+    def end(number: int, frame: object) -> None:
+        os.write(2, b"\ninterrupted\n")
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, end)
+
+
 def _hang_up(number: int) -> None:
     """After SIGHUP send output to nowhere: the terminal is gone, and writing to it would raise."""
     if number == getattr(signal, "SIGHUP", None):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..data.tasks import Example
-from ..io.files import new_folder, read_json, replacing, sha256, sha256_of_json
+from ..io.files import read_json, replacing, sha256, sha256_of_json
 
 KEPT = 2                                     # checkpoints of a run
 TENSORS = "experts.safetensors"              # see `Trainer.tensors`
@@ -47,7 +47,7 @@ def save_checkpoint(run: Path, tensors: dict[str, Tensor], state: Mapping[str, A
     """Write tensors and `state`, whole or not at all; remove old checkpoints."""
     folder = run / "checkpoints" / f"step-{state['step']:08d}"
     shutil.rmtree(folder, ignore_errors=True)
-    with new_folder(folder) as tmp:
+    with replacing(folder, folder=True) as tmp:
         with replacing(tmp / TENSORS) as file:           # it names a file that a full disk refuses
             save_file(tensors, file)
         state = {**state, "sha256": sha256(tmp / TENSORS)}

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from minismoe.io.files import new_folder
+from minismoe.io.files import replacing
 
 GITHUB = "https://raw.githubusercontent.com/"
 TREC = "https://cogcomp.seas.upenn.edu/Data/QA/QC/"
@@ -98,7 +98,7 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := [name for name in args.tasks.split(",") if name not in known]:
         parser.error(f"--tasks {unknown[0]} is none of {', '.join(known)}")
-    with new_folder(args.out) as folder:
+    with replacing(args.out, folder=True) as folder:
         for name in args.tasks.split(","):
             (folder / name).mkdir()
             write_task(name, folder / name)

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def allocation_file(folder: Path, value: dict) -> Path:
     return folder / "settings.json"
 
 
-def test_probe_writes_its_three_files(inputs, tmp_path, succeed) -> None:
+def test_probe_writes_its_files(inputs, tmp_path, succeed) -> None:
     out = succeed(probe.main, *inputs, "--out", tmp_path, "--samples", "8", "--rank", "4")
     sensitivity = read_json(tmp_path / "sensitivity.json")
     allocation = read_json(tmp_path / "allocation.json")
@@ -42,7 +41,6 @@ def test_probe_writes_its_three_files(inputs, tmp_path, succeed) -> None:
     assert all(len(v["scores"]) == 14 for v in sensitivity["tasks"].values())
     assert allocation["format"] == "minismoe.allocation/1" and allocation["rank"] == 4
     assert all(1 <= e <= 2 for e in allocation["experts"].values())
-    assert ET.parse(tmp_path / "allocation.svg").getroot().tag.endswith("svg")
     assert "split-half overlap (by chance: 0.60)" in out and "experts a matrix" in out
     assert "chat template: the checkpoint brings none, so a turn is" in out
     assert ("sum: 30 lines of instruction and output; no test.jsonl: 3 of 30 training lines held "
@@ -276,12 +274,12 @@ def test_matrices_below_the_rank_are_left_out_unless_they_are_named(inputs, tmp_
 def test_what_was_probed_is_kept_if_the_scores_do_not_fit(inputs, tmp_path, succeed, fails) -> None:
     known = *inputs, "--samples", "2", "--out", tmp_path
     succeed(probe.main, *known)
-    assert len([*tmp_path.glob("allocation.*")]) == 2
+    assert (tmp_path / "allocation.json").exists()
     file = allocation_file(tmp_path.parent, {"min_experts": 0})
     fails(probe.main, *known, "--budget-params", "1", "--allocation", file,
           says="a budget of 1 trainable parameters is too small: the nearest possible is")
     assert read_json(tmp_path / "sensitivity.json")["tasks"].keys() == {"sum", "upper"}
-    assert not [*tmp_path.glob("allocation.*")]          # those of an earlier probe are gone
+    assert not (tmp_path / "allocation.json").exists()   # that of an earlier probe is gone
 
 
 def test_a_probe_of_a_broken_checkpoint_is_one_line(inputs, tmp_path, fails) -> None:

@@ -837,7 +837,7 @@ def test_errors_come_before_the_work(run: Path, flags: str, reason: str, tmp_pat
                                      monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     flags = flags.replace("EMPTY", str(tmp_path / "empty.txt"))
-    monkeypatch.setattr(write, "new_folder", lambda folder: pytest.fail("there is no folder yet"))
+    monkeypatch.setattr(write, "replacing", lambda *_, **__: pytest.fail("there is no folder yet"))
     if "--prompts" not in flags:                               # which freezing reads
         monkeypatch.setattr(write, "ship", lambda *_: pytest.fail("it was frozen"))
     monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)  # as if it were not installed

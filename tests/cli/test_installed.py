@@ -41,3 +41,15 @@ def test_chat_starts_without_torch() -> None:
             "try: main()\nfinally: print('torch' in sys.modules, 'tqdm' in sys.modules)")
     done = python("-c", code)
     assert done.stdout.startswith("usage: ") and done.stdout.endswith("False False\n")
+
+
+@pytest.mark.parametrize("words", [("train.py",), ("probe.py",), ("export.py",), (
+    "-c", "import sys; sys.argv = ['minismoe', 'train']; from minismoe.cli.command import main\n"
+    "main()")])
+def test_ctrl_c_while_modules_load_ends_in_one_line(tmp_path, words) -> None:
+    """A module that stands for torch is interrupted as it loads."""
+    for name in ("torch", "onnx"):
+        (tmp_path / f"{name}.py").write_text(
+            "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
+    done = python(*words, PYTHONPATH=f"{tmp_path}:.")
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")

@@ -124,7 +124,8 @@ REFUSED = [
 def test_wrong_flags(script, flags, says, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, err = finish(script.main, *flags.split(), capsys=capsys)
-    assert code == 2 and says in err.splitlines()[-1] and not list(tmp_path.iterdir())
+    assert code == 2 and says in err and not list(tmp_path.iterdir())
+    assert err.count("\n") == 1 and err.endswith(" (--help explains the flags)\n")
 
 
 @pytest.mark.parametrize("script, flags, settings, says", REFUSED)

@@ -135,14 +135,21 @@ def test_a_run_whose_links_lead_out_of_it_is_refused(inputs, tmp_path, succeed, 
         runs.read_run(run)
 
 
-def test_limits_leave_the_first_lines_of_each_split(inputs) -> None:
-    config = InputConfig(model=inputs[1], data=inputs[3])
-    whole = cli.read_tasks(config)
-    few = cli.read_tasks(InputConfig(model=inputs[1], data=inputs[3], limit_train=5, limit_valid=1,
-                                     limit_test=2))
-    for task, first in zip(whole, few, strict=True):
-        assert (first.train, first.valid, first.test) == (
-            task.train[:5], task.valid[:1], task.test[:2])
+def test_limits_draw_lines_by_the_seed(tmp_path) -> None:
+    """A file may be sorted by its answers; lines that are drawn keep their order."""
+    for name in ("train", "valid", "test"):
+        write_lines(tmp_path / "t" / f"{name}.jsonl", (
+            (f"{name} {i}", "no" if i < 100 else "yes") for i in range(200)))
+    def answers(**config) -> list[list[str]]:
+        (task,) = cli.read_tasks(InputConfig(model="m", data=str(tmp_path), **config))
+        assert all(lines == sorted(lines, key=lambda m: int(m[0]["content"].split()[1]))
+                   for lines in (task.train, task.valid, task.test))
+        return [[m[-1]["content"] for m in lines] for lines in (task.train, task.valid, task.test)]
+    train, valid, test = answers(limit_train=40, limit_test=20)
+    assert (len(train), len(valid), len(test)) == (40, 64, 20)
+    assert all({*lines} == {"no", "yes"} for lines in (train, valid, test))
+    assert answers(limit_train=40, seed=1)[0] != train == answers(limit_train=40)[0]
+    assert list(map(len, answers())) == [200, 64, 200]
 
 
 def test_what_is_cut_and_left_out_is_counted(inputs, capsys) -> None:

@@ -6,20 +6,18 @@ writes it anew after a change that is meant.
 
 import math
 import re
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minismoe.io.drawing import allocation_svg, grid, loss_svg, terminal_heatmap
+from minismoe.io.drawing import grid, loss_svg, terminal_heatmap
 from minismoe.io.text import clean, table
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 DRAWINGS = Path(__file__).with_name("drawings.txt")
-SVG = "{http://www.w3.org/2000/svg}"
 EVIL = "tr\x1b[31mec\r\n\x07\x9b\u202e<&>\""  # colours, newlines, a bell, C1, right-to-left, markup
 
 
@@ -31,10 +29,6 @@ def rows(heatmap: str) -> dict[str, str]:
     """Each projection's row without its label and the space after it."""
     lines = [line for line in heatmap.splitlines()[1:-1] if not line.startswith(" ")]
     return {line.split(" ")[0]: line[len("layer "):] for line in lines}
-
-
-def cells(svg: str) -> list[ET.Element]:
-    return [e for e in ET.fromstring(svg).iter(f"{SVG}rect") if e.get("class") == "cell"]
 
 
 def test_grid_orders_layers_as_numbers_and_projections_canonically():
@@ -79,10 +73,9 @@ def test_color_follows_the_terminal_and_no_color(monkeypatch):
     assert "\x1b" not in terminal_heatmap("", model(2))
 
 
-def test_control_characters_reach_neither_terminal_nor_svg():
+def test_control_characters_do_not_reach_the_terminal():
     values = {f"model.layers.0.{EVIL}": 1.0, "model.layers.1.q_proj": 2.0}
-    drawn = (terminal_heatmap(EVIL, values, color=False), table([EVIL], [[EVIL]]),
-             allocation_svg({EVIL: values}, {}))
+    drawn = terminal_heatmap(EVIL, values, color=False), table([EVIL], [[EVIL]])
     for text in drawn:
         assert all(char.isprintable() for char in text.replace("\n", ""))
     assert len(drawn[0].splitlines()) == 5 and len(drawn[1].splitlines()) == 3
@@ -95,26 +88,9 @@ ANY = st.text(st.characters(codec=None, exclude_categories=()))        # surroga
 @given(ANY, ANY, st.floats(), st.booleans())
 def test_no_name_or_value_breaks_a_drawing(task, name, value, color):
     values = {f"model.layers.3.{name}": value, name: value, "model.layers.4.q_proj": 1.0}
-    svg = allocation_svg({task: values}, {name: 2})
-    assert len(cells(svg)) == 2 * len(grid(values)[2])
     for scale in ("linear", "log"):
         text = terminal_heatmap(task, values, scale=scale, color=color)
         assert "\ud800" not in text and "\r" not in text
-
-
-@pytest.mark.parametrize(("layers", "tasks"), [(30, 3), (30, 5), (4, 5), (80, 2), (1, 1)])
-def test_svg_panels_lie_inside_the_figure_and_apart(layers, tasks):
-    svg = allocation_svg({f"t{i}": model(layers) for i in range(tasks)},
-                         dict.fromkeys(model(layers), 3))
-    left, top, width, height = map(float, ET.fromstring(svg).get("viewBox").split())
-    boxes = [tuple(float(cell.get(key)) for key in ("x", "y", "width", "height"))
-             for cell in cells(svg)]
-    assert len({(x, y) for x, y, _, _ in boxes}) == (tasks + 1) * 7 * layers
-    assert all(left <= x and x + w <= left + width and top <= y and y + h <= top + height
-               for x, y, w, h in boxes)
-    if layers <= 30:  # 7 pt in a column of 3.4 inches
-        sizes = [float(e.get("font-size", 10)) for e in ET.fromstring(svg).iter(f"{SVG}text")]
-        assert min(sizes) * 3.4 * 72 / width >= 7.0 and width < 350
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, math.nan, math.inf, -1.0, 5e-324])
@@ -122,18 +98,14 @@ def test_constant_values_are_drawn(value):
     values = dict.fromkeys(model(3), value)
     for scale in ("linear", "log"):
         assert len(rows(terminal_heatmap("t", values, scale=scale, color=False))) == 8
-    assert len(cells(allocation_svg({"t": values}, dict.fromkeys(values, 0)))) == 42
 
 
 def test_nothing_is_drawn_as_nothing():
     assert terminal_heatmap("none", {}, color=False).startswith("none\n")
-    assert cells(allocation_svg({}, {})) == [] and cells(allocation_svg({"t": {}}, {})) == []
 
 
 def drawings() -> str:
     """Small pictures of each kind; escapes are readable."""
-    few = {f"layers.{i}.{kind}": 10.0 ** -i * (1 + len(kind))
-           for i in range(2) for kind in KINDS[:3]}
     many = {f"layers.{i}.q_proj": 1.0 + i for i in range(26)} | {
         f"layers.3.{'long_' * 9}projection": 0.5}
     zero = {f"layers.{i}.{kind}": 10.0 ** i for i in range(4) for kind in KINDS[3:]} | {
@@ -141,9 +113,6 @@ def drawings() -> str:
     shades = (terminal_heatmap("t" * 90, many, scale=scale, color=color).replace("\x1b", "ESC")
               for scale in ("linear", "log") for color in (False, True))
     return "\n\n".join([
-        allocation_svg({"first": few, "x" * 90: {**few, "layers.1.mlp.up_proj": 3e-7}},
-                       {name: n for n, name in enumerate(few)}),
-        allocation_svg({"many": many}, dict.fromkeys(many, 12)),
         loss_svg({1: 4.0, 2: 2.0, 3: 1.0}, {2: 3.0}, 2), *shades,
         terminal_heatmap("a zero", zero, scale="log", color=False),
         terminal_heatmap("counts", dict.fromkeys(many, 12), digits=True, color=False)]) + "\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import python
 
-from minismoe.io.files import new_folder, read_json, replacing, write_json
+from minismoe.io.files import read_json, replacing, write_json
 
 
 @pytest.fixture
@@ -50,14 +50,15 @@ def test_what_was_written_replaces(tmp_path: Path) -> None:
 def test_folders_of_killed_processes_are_removed(tmp_path: Path, monkeypatch) -> None:
     """Of any name beside the new one; those of a living process stay, in another container too."""
     code = ("import os, signal, sys; from pathlib import Path; "
-            "from minismoe.io.files import new_folder\n"
-            "with new_folder(Path(sys.argv[1])) as tmp:\n"
+            "from minismoe.io.files import replacing\n"
+            "with replacing(Path(sys.argv[1]), folder=True) as tmp:\n"
             "    (tmp / 'x').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)")
     assert python("-c", code, tmp_path / "first").returncode == -signal.SIGKILL
     assert len(left := [*tmp_path.iterdir()]) == 1 and (left[0] / "x").exists()
     (tmp_path / ".notes.tmp").mkdir()                    # not ours
     monkeypatch.setattr(os, "getpid", lambda: 99_999_999)       # no process of this container
-    with new_folder(tmp_path / "alive") as alive, new_folder(tmp_path / "second"):
+    with (replacing(tmp_path / "alive", folder=True) as alive,
+          replacing(tmp_path / "second", folder=True)):
         assert alive.exists() and not left[0].exists()
     assert {p.name for p in tmp_path.iterdir()} == {".notes.tmp", "alive", "second"}
 
@@ -74,7 +75,7 @@ def test_a_file_system_that_cannot_flush_folders(tmp_path: Path, monkeypatch: py
         flush(fd)
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with new_folder(tmp_path / "export") as folder:
+    with replacing(tmp_path / "export", folder=True) as folder:
         write_json(folder / "x.json", {"a": 1})
     assert read_json(tmp_path / "export" / "x.json") == {"a": 1}
     error = errno.EIO                        # a disk that fails is no such file system

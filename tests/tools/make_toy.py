@@ -22,7 +22,7 @@ from minismoe import generate, load_model  # noqa: E402
 from minismoe.data import toy  # noqa: E402
 from minismoe.data.tasks import Example, collate  # noqa: E402
 from minismoe.data.tokenizer import ByteTokenizer  # noqa: E402
-from minismoe.io.files import new_folder, write_json  # noqa: E402
+from minismoe.io.files import replacing, write_json  # noqa: E402
 from minismoe.io.progress import progress_bar  # noqa: E402
 from minismoe.method.experts import linear_layers  # noqa: E402
 from minismoe.method.loss import IGNORE, supervised_losses  # noqa: E402
@@ -141,7 +141,7 @@ def skills(model: CausalLM) -> dict[str, float]:
 
 def main(folder: Path) -> None:
     model = pretrain()
-    with new_folder(folder) as temporary:
+    with replacing(folder, folder=True) as temporary:
         write_json(temporary / "config.json", CONFIG)
         save_file({name: p.detach().bfloat16() for name, p in model.named_parameters()},
                   temporary / "model.safetensors", metadata={"format": "pt"})

@@ -21,7 +21,7 @@ import probe
 import train
 from minismoe.cli import runs
 from minismoe.io import files
-from minismoe.io.files import new_folder, read_json, write_json
+from minismoe.io.files import read_json, replacing, write_json
 from minismoe.io.signals import ENDING, Interrupted, handling, interrupt, locked
 from minismoe.training import resume
 from minismoe.training.loop import TrainConfig
@@ -269,7 +269,7 @@ def test_resume_restores_the_number_of_threads(capsys) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_export_leaves_nothing_under_its_name(tmp_path, number) -> None:
     def write(end: bool) -> None:
-        with handling(interrupt), new_folder(tmp_path / "out") as folder:
+        with handling(interrupt), replacing(tmp_path / "out", folder=True) as folder:
             (folder / "model.onnx").write_bytes(b"whole" if not end else b"half")
             if end:
                 os.kill(os.getpid(), number)
