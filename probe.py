@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
 
     for task, values in scores.items():
         print(terminal_heatmap(f"sensitivity of {clean(task)}", values, scale="log"))
-    print(probing.allocation_heatmap(inputs.model, allocation))
+    probing.print_experts(inputs.model, allocation)
     print(f"{allocation} of {len(scores.shapes)}, "
           f"{allocation.trainable_parameters:,} trainable parameters")
     print(f"wrote sensitivity.json and allocation.json to {run}")

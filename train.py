@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     now = time.perf_counter()
     allocation, scores = give_experts(config, inputs)
     seconds = {"probe": round(time.perf_counter() - now, 2)} if scores else {}
-    print(probing.allocation_heatmap(inputs.model, allocation))
+    probing.print_experts(inputs.model, allocation)
     given, config = config, with_defaults(config, inputs.model, [*chain(*inputs.encoded.values())])
     if given.lr is None:
         print(f"learning rate: {config.lr}, by the size of the base's weights")

@@ -146,7 +146,8 @@ def print_overlap(settings: AllocationSettings, scores: Scores) -> None:
     print(table(["task", "samples probed", f"split-half overlap (by chance: {keep:.2f})"], rows))
 
 
-def allocation_heatmap(model: nn.Module, allocation: Allocation) -> str:
-    """Experts of every linear layer but the head."""
-    return terminal_heatmap("experts a matrix", {
-        name: allocation.experts.get(name, 0) for name in linear_layers(model)}, digits=True)
+def print_experts(model: nn.Module, allocation: Allocation) -> None:
+    """Print the experts of every linear layer but the head, unless each has one."""
+    experts = {name: allocation.experts.get(name, 0) for name in linear_layers(model)}
+    if {*experts.values()} != {1}:
+        print(terminal_heatmap("experts a matrix", experts, digits=True))

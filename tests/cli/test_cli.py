@@ -19,7 +19,7 @@ import export
 import probe
 import train
 from minismoe.cli import inputs as cli_inputs
-from minismoe.cli import probing, runs
+from minismoe.cli import probing, results, runs
 from minismoe.cli.flags import InputConfig
 from minismoe.cli.inputs import load_base, load_inputs, resolve_auto
 from minismoe.data import toy
@@ -178,7 +178,7 @@ def test_no_probe_where_it_decides_nothing(inputs, tmp_path, monkeypatch, succee
         assert found == probed and found["experts"]
         return
     assert ("one task: a plain LoRA of rank 4, without a probe; several tasks share experts by "
-            "votes\n") in said and "probe.py" not in said
+            "votes\n") in said and "probe.py" not in said and "experts a matrix" not in said
     assert found["strategy"] == "lora" and [*found["experts"].values()] == [1] * 14
 
 
@@ -386,3 +386,25 @@ def test_a_run_on_few_bits(inputs, tmp_path, bits, succeed) -> None:
     out = succeed(train.main, "--init", run, "--epochs", "0", "--out", tmp_path / "judged")
     assert f"linear layers in {bits} bits" in out
     succeed(export.main, run, "--layout", "hf", "--out", tmp_path / "hf")
+    # The export holds other weights than these, whose answers it does not take for the run's.
+    loaded = load_inputs(resolve_auto(runs.read_run(run)))
+    assert results.read_after(run, loaded) == {}
+    edit = read_json(run / "config.json")
+    write_json(run / "config.json", edit | {"arguments": edit["arguments"] | {"base_bits": None}})
+    assert results.read_after(run, loaded).keys() == {"sum", "upper"}
+
+
+def test_a_run_and_its_export_read_the_same_columns_up_to_the_same_length(
+        inputs, tmp_path, succeed, capsys) -> None:
+    rows = "".join(f"say {i},skipped,{'long ' * (i % 2)}N{i}\n" for i in range(30))
+    (tmp_path / "t.csv").write_text(f"asked,note,said\n{rows}")
+    run = tmp_path / "run"
+    out = succeed(train.main, *inputs[:2], "--data", tmp_path / "t.csv", "--columns",
+                  "asked,said", "--max-length", "28", "--epochs", "1", "--out", run)
+    cut = out.splitlines()[3].split()[-2]
+    assert 0 < int(cut) < 27
+    code, out, err = finish(export.main, run, "--layout", "peft", "--out", tmp_path / "out",
+                            capsys=capsys)
+    assert code == 0, err
+    assert "not what the run was trained on" not in err
+    assert out.splitlines()[4].split()[-2] == cut

@@ -148,7 +148,9 @@ def test_limits_draw_lines_by_the_seed(tmp_path) -> None:
     train, valid, test = answers(limit_train=40, limit_test=20)
     assert (len(train), len(valid), len(test)) == (40, 64, 20)
     assert all({*lines} == {"no", "yes"} for lines in (train, valid, test))
-    assert answers(limit_train=40, seed=1)[0] != train == answers(limit_train=40)[0]
+    again = answers(limit_train=40, limit_test=20, seed=1)
+    assert again[0] != train and again[2] != test
+    assert [train, valid, test] == answers(limit_train=40, limit_test=20)
     assert list(map(len, answers())) == [200, 64, 200]
 
 
