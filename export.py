@@ -16,11 +16,13 @@ if __name__ == "__main__":
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import onnxruntime
 
 from minismoe.cli import inputs as cli
 from minismoe.cli import results, runs, script, trimming
@@ -28,18 +30,18 @@ from minismoe.cli.export_flags import NO_RUN, parse
 from minismoe.cli.flags import InputConfig
 from minismoe.data.tasks import are_short
 from minismoe.data.tokenizer import load_tokenizer
+from minismoe.export.answers import answered_in_torch
 from minismoe.export.calibration import unlabelled
-from minismoe.export.scores import accuracy_in_torch
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.ship import widened
 from minismoe.export.write import export_model
-from minismoe.io.files import must_be_new, must_be_writable, naming
+from minismoe.io.files import must_be_new, must_be_writable, naming, read_json
 from minismoe.io.text import clean
 from minismoe.model.checkpoint import load_adapter
 from minismoe.runtime.providers import find_device
 from minismoe.training.evaluate import questions
 
-CHECKED = 8              # test lines of a task whose answers are long
+CHECKED, ANSWERED = 8, 300       # test lines of a task: if its answers are long, and at most
 STORED = "weights as stored"
 
 
@@ -55,22 +57,15 @@ def main(argv: Sequence[str]) -> None:
             find_device(name)                # raises before the work if it is not here
     with scratch_folder(config) as scratch:
         source = load_run(config, scratch) if config.run else load_base(config, scratch)
-        if config.task and config.task not in source.examples:
-            raise ValueError(f"{source.run} has no task {config.task!r}; it has "
-                             f"{', '.join(source.examples)}")
 
         # Freeze the routing, round, write, check, and measure what was lost
         out, info = export_model(config, source)
 
     # Say how to open it
-    size = sum(entry["bytes"] for entry in info["files"].values())
-    command = next_command(config.layout, out, next(iter(info.get("adapters", {}).items()), None))
-    if config.provider and config.layout == "onnx":
-        command += f" --provider {config.provider[0]}"
-    command += f"\ncc -O2 {shlex.quote(f'{out}/answer.c')} -lonnxruntime -o answer" * config.port
-    print(clean(f"{out}: {size / 1e6:.1f} MB\n{command}", "\n"))
-    if config.run and not config.vocab and 3 * (rows := info.get("vocabulary_bytes", 0)) > size:
-        print(trimming.hint(source, rows, size), end="")
+    print(clean(f"{out}: {info['bytes'] / 1e6:.1f} MB\n"
+                f"{next_commands(config, source, out, info.get('adapters', {}))}", "\n"))
+    if config.run and not config.vocab:
+        print(trimming.hint(source, info), end="")
 
 
 @contextmanager
@@ -94,16 +89,20 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
         raise FileNotFoundError(f"{run} is no run of train.py: it holds no config.json")
     saved = runs.read_run(run)
     runs.finished(run)
+    tasks = read_json(run / "adapter" / "adapter.json")["tasks"]
+    if config.task and config.task not in tasks:
+        raise ValueError(f"{run} has no task {config.task!r}; it has {', '.join(tasks)}")
     resume = f"{script.command('train')} --resume --out {shlex.quote(str(run))}"
     # A base that was trained in a few bits is exported from its own weights: base_bits stays None.
     limit = config.limit_test or (CHECKED if saved.limit_test == 0 else saved.limit_test)
     dtype = saved.dtype if config.dtype == "auto" else config.dtype
     settings = stored_on_cpus(cli.resolve_auto(replace(
-        saved, device=config.device, dtype=dtype, limit_test=limit)), config)
+        saved, device=config.device, dtype=dtype, limit_test=limit,
+        only_tasks=config.task or saved.only_tasks)), config)
     with naming(f"{run / 'config.json'} ({resume} --model FOLDER --data FOLDER says where they are "
                 "now)", FileNotFoundError):
         inputs = cli.load_inputs(settings)
-    if limit == saved.limit_test and (other := runs.other_tasks(run, inputs)):
+    if limit == saved.limit_test and (other := runs.other_tasks(run, inputs, config.task)):
         print(f"not what the run was trained on: {other}", file=sys.stderr)
     load_adapter(inputs.model, run / "adapter")
     judged = results.read_after(run, inputs) if dtype == saved.dtype else {}
@@ -117,14 +116,16 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
     context = inputs.model.config.max_position_embeddings
     for task in inputs.tasks:
         asked = questions(inputs.tokenizer, task, context)
-        if not config.limit_test and not are_short([*map(len, asked.answers)]):
-            task.test = task.test[:CHECKED]
-    if config.vocab:
-        judged |= {task.name: accuracy_in_torch(whole.model, whole.tokenizer, task).right
-                   for task in inputs.tasks if task.name not in judged}
-    return Source(
+        most = ANSWERED if are_short([*map(len, asked.answers)]) else CHECKED
+        task.test = task.test[:config.limit_test or most]
+    source = Source(
         run, inputs.folder, whole.model.name, inputs.model, inputs.tokenizer, inputs.tasks,
         inputs.encoded, saved.system, judged)
+    if config.vocab:
+        of_whole = replace(source, trained=whole.model, tokenizer=whole.tokenizer)
+        judged |= {task.name: answered_in_torch(whole.model, of_whole, task)
+                   for task in inputs.tasks if task.name not in judged}
+    return source
 
 
 def stored_on_cpus(settings: InputConfig, config: ExportConfig) -> InputConfig:
@@ -157,22 +158,37 @@ def load_base(config: ExportConfig, scratch: Path = Path()) -> Source:
                    tokenizer=load_tokenizer(trimmed))
 
 
-def next_command(layout: str, out: Path, adapter: tuple[str, str] | None) -> str:
-    """How the folder is opened, with an adapter, its task and file, if it holds any."""
-    task, file = adapter or ("", "")
-    chosen = f" --task {shlex.quote(task)}" if task else ""
-    return {"onnx": f"python -m minismoe.runtime {shlex.quote(str(out))}{chosen} --chat",
+def next_commands(config: ExportConfig, source: Source, out: Path, adapters: Mapping[str, str],
+                  ) -> str:
+    """How the folder is opened, and asked what its first task asks. adapters: files, by task."""
+    folder, asked = shlex.quote(str(out)), [task for task in source.tasks if task.instruction]
+    task = next(iter(adapters), asked[0].name if asked and len(source.tasks) > 1 else "")
+    named = f" --task {shlex.quote(task)}" if task else ""
+    ask = f"{named} --lines < questions.txt" if asked else f"{named} --chat"
+    if config.provider:
+        ask = f" --provider {config.provider[0]}{ask}"
+    port = f"{port_commands(folder)}{named} < questions.txt" if config.port else ""
+    return {"onnx": f"python -m minismoe.runtime {folder}{ask}{port}",
             "genai": f"model = onnxruntime_genai.Model({str(out)!r})" + (
                 "\nadapters = onnxruntime_genai.Adapters(model)"
-                f"\nadapters.load({str(out / file)!r}, {task!r})"
+                f"\nadapters.load({str(out / adapters[task])!r}, {task!r})"
                 f"\ngenerator.set_active_adapter(adapters, {task!r})     # else it is the base"
-                if task else ""),
+                if adapters else port),
             # transformers.js looks a relative path up among its own models, then on the hub
-            "web": f"python -m minismoe.runtime {shlex.quote(str(out))} --serve\n"
+            "web": f"python -m minismoe.runtime {folder} --serve\n"
                    f"await pipeline('text-generation', {str(out.absolute())!r})"
                    "          // transformers.js",
             "peft": f"PeftModel.from_pretrained(model, {str(out)!r})",
-            "hf": f"AutoModelForCausalLM.from_pretrained({str(out)!r})"}[layout]
+            "hf": f"AutoModelForCausalLM.from_pretrained({str(out)!r})"}[config.layout]
+
+
+def port_commands(folder: str) -> str:
+    """How answer.c is compiled with the header of Debian's libonnxruntime-dev, or of another
+    release, and the library that is here, and how it is asked."""
+    here = Path(onnxruntime.__file__).with_name("capi")
+    library = shlex.quote(str(next(here.glob("libonnxruntime.*"), here / "libonnxruntime.so")))
+    return (f"\ncc -O2 {folder}/answer.c -I/usr/include/onnxruntime {library} "
+            f"-Wl,-rpath,{shlex.quote(str(here))} -o answer\n./answer {folder}")
 
 
 if __name__ == "__main__":

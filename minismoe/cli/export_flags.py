@@ -1,7 +1,7 @@
 """The command line of export.py: its flags, and which of them contradict each other."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,38 @@ from .script import command
 NO_RUN = "runs holds no run yet (python train.py makes one)"
 TARGETS = {name: how.targets for name, how in PRECISIONS.items()} | {
     "web": ("ort",), "genai": ("ort", "portable")}       # layouts that not all targets have
-USUAL = {name: getattr(ExportConfig, name) for name in (     # to give the default is never wrong
-    "layout", "precision", "routing", "target")}
+WORDS = ("layout", "precision", "routing", "target")     # flags that a message shows with the value
+NO_GRAPH = "--layout {layout} holds no graph"
+NO_ADAPTERS = "a base has no adapters (--prompts FILE calibrates 4 bits and NPUs)"
+EACH = "--adapters freezes for each task, beside a base of layout onnx or genai"
+STATIC = "--static fixes all sizes of layout onnx"
+# When flags have no effect, which ones, and why not.
+Row = tuple[Callable[[ExportConfig], Any], str, str]
+NO_EFFECT: tuple[Row, ...] = (
+    (lambda c: not c.graph, "target provider precision static context adapters port block",
+     NO_GRAPH),
+    (lambda c: c.layout == "hf" or c.layout == "peft" and c.routing == "dynamic", "routing",
+     NO_GRAPH),
+    (lambda c: c.model, "run limit_test routing adapters task", NO_ADAPTERS),
+    (lambda c: c.model and c.layout == "peft", "layout", NO_ADAPTERS),
+    (lambda c: c.model and not c.vocab and (
+        not c.graph or c.precision in ("fp32", "fp16", "int8", "q8")), "prompts", NO_ADAPTERS),
+    (lambda c: c.target == "npu", "routing adapters", "--target npu holds one merged model"),
+    (lambda c: c.routing == "dynamic", "adapters task prompts",
+     "--routing dynamic freezes nothing"),
+    (lambda c: c.adapters, "routing task prompts", EACH),
+    (lambda c: c.adapters and c.layout == "web", "layout", EACH),
+    (lambda c: c.prompts, "task", "--prompts has no tasks"),
+    (lambda c: c.static, "layout", STATIC),
+    (lambda c: c.static and c.target == "npu", "context", STATIC),
+    (lambda c: c.target == "npu" or c.static or c.layout == "web" or c.adapters, "port",
+     "answer.c takes no fixed sizes, web folders and adapters"),
+    (lambda c: c.layout == "peft", "vocab", "an adapter belongs to the base with all tokens"),
+    (lambda c: c.model and not c.prompts, "vocab",
+     "texts show which tokens are needed: give --prompts FILE"),
+    (lambda c: c.precision in ("fp32", "fp16", "q8") or c.target == "npu" and (
+        c.precision != "w4a16"), "block", "--precision {precision} of --target {target} has no "
+     "blocks"))
 
 
 def parse(argv: Sequence[str], description: str) -> ExportConfig:
@@ -26,11 +56,9 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig:
     parser = new_parser(description, {"export": ExportConfig})
     parser.add_argument("run", nargs="?", metavar="RUN", type=text,
                         help="folder of train.py (default: newest in runs)")
-    # None is "not given": a flag without effect is refused even if it repeats the default.
-    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items()
-             if value is not None and value != USUAL.get(name)}
-    config = from_flags(ExportConfig, given)
+    args = vars(parser.parse_args(argv))
+    config, given = from_flags(ExportConfig, args), {     # to give the default is never wrong
+        name: value for name, value in args.items() if value != parser.get_default(name)}
     if wrong := contradiction(config, given):
         parser.error(wrong)
     if config.run or config.model:
@@ -49,11 +77,11 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig:
 
 def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     """Which flags contradict each other, and how to mend it; "" if none do."""
-    reasons = {name: next((why for applies, why in rules if applies), "")
-               for name, rules in without_effect(config).items() if name in given}
-    if why := next(filter(None, reasons.values()), ""):
-        flags = [shown(name, given) for name, same in reasons.items() if same == why]
-        return f"{why}: leave out {' and '.join(flags)}"
+    for applies, names, why in NO_EFFECT:
+        if wrong := [name for name in names.split() if name in given and applies(config)]:
+            flags = ["RUN" if name == "run" else f"{option(name)} {given[name]}" if (
+                name in WORDS) else option(name) for name in wrong]
+            return f"{why.format(**vars(config))}: leave out {' and '.join(flags)}"
     needs = {f"--precision {config.precision}": TARGETS.get(config.precision),
              f"--layout {config.layout}": TARGETS.get(config.layout),
              "--static": config.static and ("portable", "npu"),
@@ -61,45 +89,3 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
                  "npu",)}
     return next((f"{flag} needs --target {' or '.join(targets)}" for flag, targets in needs.items()
                  if targets and config.target not in targets), "")
-
-
-def without_effect(config: ExportConfig) -> dict[str, list[tuple[Any, str]]]:
-    """By flag: whether it has no effect, and why not."""
-    layout, precision, npu = config.layout, config.precision, config.target == "npu"
-    base, files, dynamic = config.model, not config.graph, config.routing == "dynamic"
-    rounded = config.graph and not precision.startswith("fp")
-    in_blocks = rounded and (not npu or precision == "w4a16") and precision != "q8"
-    no_graph = f"--layout {layout} holds no graph"
-    no_adapters = "a base has no adapters (--prompts FILE calibrates 4 bits and NPUs)"
-    merged = "--target npu holds one merged model"
-    routed = "--routing dynamic freezes nothing"
-    each = "--adapters freezes for each task, beside a base of layout onnx or genai"
-    no_texts = "texts show which tokens are needed: give --prompts FILE"
-    static = "--static fixes all sizes of layout onnx"
-    stored = f"--precision {precision} of --target {config.target}"
-    return {
-        "run": [(base, no_adapters)], "limit_test": [(base, no_adapters)],
-        "target": [(files, no_graph)], "provider": [(files, no_graph)],
-        "precision": [(files, no_graph)], "static": [(files, no_graph)],
-        "context": [(files, no_graph), (config.static and npu, static)],
-        "layout": [(base and layout == "peft", no_adapters), (
-            config.adapters and layout == "web", each), (config.static, static)],
-        "routing": [(files and (layout == "hf" or dynamic), no_graph), (base, no_adapters),
-                    (npu, merged), (config.adapters, each)],
-        "adapters": [(files, no_graph), (base, no_adapters), (npu, merged), (dynamic, routed)],
-        "task": [(base, no_adapters), (dynamic, routed), (config.adapters, each),
-                 (config.prompts, "--prompts has no tasks")],
-        "port": [(files, no_graph), (npu or config.static or layout == "web" or config.adapters,
-                                     "answer.c takes no fixed sizes, web folders and adapters")],
-        "prompts": [(base and not config.vocab and (not rounded or precision in ("int8", "q8")),
-                     no_adapters), (dynamic, routed), (config.adapters, each)],
-        "vocab": [(layout == "peft", "an adapter belongs to the base with all tokens"),
-                  (base and not config.prompts, no_texts)],
-        "block": [(files, no_graph), (not in_blocks, f"{stored} has no blocks")]}
-
-
-def shown(name: str, given: Mapping[str, Any]) -> str:
-    """A flag as it was given, with its value if that is a word."""
-    if name == "run":
-        return "RUN"
-    return f"{option(name)} {given[name]}" if name in USUAL else option(name)

@@ -217,10 +217,12 @@ def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
                      for key in {**before, **now} if now.get(key) != before.get(key))
 
 
-def other_tasks(run: Path, inputs: Inputs) -> str:
-    """How the tasks differ from those that a run was trained on; empty if they do not."""
+def other_tasks(run: Path, inputs: Inputs, task: str | None = None) -> str:
+    """How the tasks, or one of them, differ from those that a run was trained on; empty if they do
+    not."""
     return differences(*(
-        {name: value for name, value in identity.items() if name.startswith("task ")}
+        {name: value for name, value in identity.items()
+         if name.startswith("task ") and task in (None, name.removeprefix("task "))}
         for identity in (inputs.identity, saved_config(run)["identity"])))
 
 

@@ -1,12 +1,15 @@
 """--vocab: a base with the tokens that its task needs, in place of all."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..data.tasks import Example, Task, probe_batches
 from ..data.tokenizer import FileTokenizer, Tokenizer
+from ..export.layers import vocabularies
 from ..export.settings import Source
 from ..export.trim import write_trimmed
 from ..io.files import naming, read_json, replacing
@@ -107,13 +110,18 @@ def print_logprobs(whole: Inputs, fewer: Inputs) -> None:
         for name, before in logprobs(whole).items()]))
 
 
-def hint(source: Source, rows: int, size: int) -> str:
-    """What --vocab would make of an export of `size` bytes, of which embedding and head take
-    `rows`; "" for a tokenizer that it refuses."""
+def hint(source: Source, info: Mapping[str, Any]) -> str:
+    """What --vocab would make of an export, of which export.json says `info`; "" if embedding and
+    head take less than a third of it, and for a tokenizer that --vocab refuses."""
     total, count = source.trained.config.vocab_size, 32768     # 16384 cost one run of six 0.1 nats
+    floats, size, rows = 2 if info.get("precision") == "fp16" else 4, info["bytes"], 0.0
+    for name in vocabularies(source.trained) if "bits" in info else ():
+        bits, block = info["bits"].get(name, (8 * floats, math.inf))
+        table: Any = source.trained.get_submodule(name)
+        rows += table.weight.shape.numel() * (bits / 8 + 4 / block)
     with suppress(FileNotFoundError, ValueError):
         BPE(read_json(source.base / "tokenizer.json"))
-        if total > count:
+        if total > count and 3 * rows > size:
             return (f"the vocabulary takes {rows / 1e6:.0f} of {size / 1e6:.0f} MB: --vocab "
                     f"{count} would leave {rows * count / total / 1e6:.0f}\n")
     return ""

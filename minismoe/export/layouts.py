@@ -27,7 +27,7 @@ from ..model.quantize import BlockWeight
 from .contract import contract
 from .graph import write_decoder
 from .npu import compile_npu, write_npu
-from .part import Part
+from .ship import Part
 from .steps import write_sampler
 from .weights import PRECISIONS, GraphFormat
 

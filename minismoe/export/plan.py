@@ -1,19 +1,15 @@
 """What an export will hold: the flags, made whole by the source, before any work is done."""
 
 from dataclasses import replace
-from itertools import zip_longest
-from typing import Any
+from itertools import chain, zip_longest
 
-from ..method.experts import expert_layers, linear_layers
-from ..model.checkpoint import weight_files
 from ..model.config import Config
 from ..model.quantize import BLOCK, ROW
 from ..training.evaluate import questions
-from .compare import TOKENS
-from .layers import vocabularies
 from .settings import ExportConfig, Source
 from .weights import PRECISIONS
 
+TOKENS = 24                              # of each greedy text that is compared
 NPU_TOKENS, NPU_SLOTS = 64, 512          # of a step, and of the cache, if nothing else is asked for
 CHECKED = 8                              # prompts on which an export must agree with PyTorch
 HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
@@ -28,10 +24,9 @@ def resolved(config: ExportConfig, source: Source) -> list[ExportConfig]:
     graphs = [with_precision(graph, has_texts)
               for graph in [replace(config, precision="q4f16")] * both + [config]]
     context, static = sizes_of(config, source)
+    for graph in graphs if config.graph else ():
+        refuse(source.trained.config, graph.target, graph.block or BLOCK, static)
     norm = source.trained.model.norm.weight              # in the dtype that the model computes in
-    for graph in graphs:
-        if graph.graph:
-            refuse(source.trained.config, graph.target, graph.block or BLOCK, static)
     return [replace(graph, context=context, static=static, device=str(norm.device),
                     dtype=str(norm.dtype).removeprefix("torch.")) for graph in graphs]
 
@@ -43,40 +38,12 @@ def with_precision(config: ExportConfig, has_texts: bool) -> ExportConfig:
     if npu and not has_texts and precision not in ("auto", "fp16"):
         raise ValueError(f"--precision {precision} rounds activations by ranges that texts "
                          "show: export a RUN, give --prompts FILE, or take --precision fp16")
-    if not config.graph:
-        precision = "fp32"
-    elif precision == "auto":
-        npu_default = "w8a16" if has_texts else "fp16"
-        precision = npu_default if npu else "q8" if config.layout == "web" else "int4-8"
-    block = None if precision == "w8a16" or not PRECISIONS[precision].layers else (
-        config.block or BLOCK)
-    return replace(config, precision=precision, block=ROW if precision == "q8" else block)
-
-
-def nbytes(config: ExportConfig, source: Source) -> int:
-    """The bytes that weights take in the folder, at least."""
-    if config.layout == "hf":
-        return sum(file.stat().st_size for file in weight_files(source.base))
-    layers = expert_layers(source.trained).values()
-    A, B = (4 * sum(getattr(layer, part).numel() for layer in layers) for part in (
-        "lora_A", "lora_B"))
-    if config.layout == "peft":
-        return A + B
-    # Beside weights in few bits, lora_A takes few bits, too.
-    beside = (A + B) * len(source.examples) if config.adapters else B * (config.routing != "merge")
-    return beside + matrix_bytes(
-        config, source, *linear_layers(source.trained), *vocabularies(source.trained))
-
-
-def matrix_bytes(config: ExportConfig, source: Source, *names: str) -> int:
-    """The bytes of some modules' matrices in a graph, at least."""
-    form, total = config.form, 0
-    for name in names:
-        leaf: Any = source.trained.get_submodule(name)
-        shape = leaf.weight.shape
-        way = form.way_of(name)
-        total += way.nbytes(shape) if way else shape.numel() * form.dtype.itemsize
-    return total
+    if precision == "auto" or not config.graph:
+        precision = ("fp32" if not config.graph else "q8" if config.layout == "web" else
+                     "int4-8" if not npu else "w8a16" if has_texts else "fp16")
+    in_blocks = PRECISIONS[precision].layers and precision != "w8a16"
+    block = ROW if precision == "q8" else config.block or BLOCK if in_blocks else None
+    return replace(config, precision=precision, block=block)
 
 
 def in_words(config: ExportConfig, has_texts: bool) -> str:
@@ -93,8 +60,7 @@ def in_words(config: ExportConfig, has_texts: bool) -> str:
 def check_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:
     """Token prompts from the test lines of the tasks in turn; without data, a few of our own."""
     chats = [list(m[:-1]) for lines in zip_longest(*(t.test for t in source.tasks))
-             for m in lines if m]
-    chats = chats or [[{"role": "user", "content": text}] for text in HELLO]
+             for m in lines if m] or [[{"role": "user", "content": text}] for text in HELLO]
     render, encode = source.tokenizer.render, source.tokenizer.encode
     return [encode(render(chat, add_generation_prompt=True))[0] for chat in chats[:count]]
 
@@ -102,14 +68,11 @@ def check_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:
 def sizes_of(config: ExportConfig, source: Source) -> tuple[int, tuple[int, int, int] | None]:
     """The context, which holds all texts of the check, and the static sizes. Raises ValueError if
     the context asked for, the model, or a static past is too short for the texts."""
-    longest, tokenizer = source.trained.config.max_position_embeddings, source.tokenizer
-    prompts, answers, npu = check_prompts(source), [0], config.target == "npu"
-    for task in source.tasks:
-        asked = questions(tokenizer, task, longest)
-        answers += [len(prompt) + n for prompt, n in zip(asked.prompts, asked.limits)]
-        prompts += asked.prompts
-    prompt = max(map(len, prompts))
-    needed = min(longest, max(prompt + TOKENS, *answers))
+    longest, npu = source.trained.config.max_position_embeddings, config.target == "npu"
+    asked = [questions(source.tokenizer, task, longest) for task in source.tasks]
+    prompt = max(map(len, chain(check_prompts(source), *(each.prompts for each in asked))))
+    whole = [len(ids) + n for each in asked for ids, n in zip(each.prompts, each.limits)]
+    needed = min(longest, max(prompt + TOKENS, *whole, 0))
     context, static = config.context or min(longest, max(2048, needed)), config.static
     if npu:                                  # all tokens are in the cache, whose size is fixed
         windows = [w - NPU_TOKENS for w in source.trained.config.windows if w]

@@ -1,86 +1,148 @@
-"""Make the parts of an export from a run: freeze and round its model, layer by layer."""
+"""The model that ships: a run's model, frozen and rounded layer by layer, before it is written.
 
-import sys
+Each linear layer of the run becomes what the folder stores in its place:
+
+    merge      a BlockLinear of merged weights; in layout peft as freeze
+    freeze     an ExpertLinear of one expert, beside floats or blocks
+    dynamic    the ExpertLinear as it was trained, beside floats or blocks
+    adapters   an AdapterLinear, beside floats or blocks
+
+The writer of graphs, the check and the ranges of NPUs take this model.
+"""
+
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..io.drawing import terminal_heatmap
 from ..io.progress import progress_bar
 from ..io.text import clean
-from ..method.experts import expert_layers, linear_layers
-from ..method.freeze import TaskFits, no_fits
+from ..method.experts import ExpertLinear, expert_layers, linear_layers
+from ..method.freeze import TaskFits, frozen_layer, no_fits
 from ..method.hooks import frozen
 from ..model.checkpoint import load_adapter, load_model
 from ..model.decoder import CausalLM
-from ..model.quantize import WideWeight
+from ..model.quantize import BlockLinear, BlockWeight, WideWeight, quantize
 from .calibration import Batches, Calibration, Samples, calibration_batches
-from .gptq import DAMPING, TIED_DAMPING
-from .layers import HEAD, put_weight, routed, vocabularies
+from .gptq import DAMPING, TIED_DAMPING, gptq
+from .layers import HEAD, AdapterLinear, MergedWeight, matrix, put_weight, routed, vocabularies
 from .mixture import round_experts
-from .part import Part
 from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered
-from .rounding import round_all
 from .settings import ExportConfig, Source
 
-MUCH = 0.1                                   # a residual that costs exact match
+
+@dataclass
+class Part:
+    """What ships as one graph, or as a folder of weights."""
+
+    config: ExportConfig
+    shipped: CausalLM                        # in float32, on the CPU
+    fits: TaskFits                           # of the mixtures; none if they go on routing
+    ranges: Ranges = field(default_factory=dict)         # of activations, for an NPU
 
 
-def ship(configs: Sequence[ExportConfig], source: Source, reference_fp32: CausalLM,
-         samples: Samples) -> list[Part]:
-    """The parts of an export, frozen and rounded for samples.
+def ship(config: ExportConfig, source: Source, reference_fp32: CausalLM, samples: Samples,
+         fits: TaskFits | None = None) -> Part:
+    """The model of a source, frozen and rounded for samples.
 
-    configs: the settings of the parts, which differ in nothing but how weights are stored.
-    reference_fp32: the model of the source in float32.
+    reference_fp32: the trained model in float32. fits: of another graph of the same folder.
     """
     batches = calibration_batches(samples, source)
-    fits = fits_to_make(configs[0], source, batches)
-    parts = [Part(config, reference_fp32, fits) for config in configs]
-    freeze_and_round(parts, source.trained, batches, fits)
-    show_fits(fits)
-    for part in parts:
-        if part.config.graph:
-            round_experts(part.shipped, part.config.form)
-        part.ranges = ranges_of(part.config, part.shipped, samples, source)
-    return parts
+    to_make = fits_to_make(config, source, batches) if fits is None else {}
+    part = Part(config, sharing_copy(reference_fp32), fits or to_make)
+    freeze_and_round(part, source.trained, batches, to_make)
+    show_fits(to_make)
+    if config.graph:
+        round_experts(part.shipped, config.form)
+    if config.target == "npu" and config.form.rounds:
+        few = PROMPTS if config.prompts else TEXTS
+        texts = [e.ids for examples in samples.values() for e in examples[:few]]
+        part.ranges = activation_ranges(part.shipped, answered(
+            part.shipped, texts, source.tokenizer.stop_ids) if config.prompts else texts)
+    return part
 
 
 @torch.no_grad()
-def freeze_and_round(parts: Sequence[Part], model: CausalLM, batches: Batches, fits: TaskFits,
-                     ) -> None:
-    """Fit the mixtures of a model, and place and round the matrices of each part, layer by layer.
+def freeze_and_round(part: Part, model: CausalLM, batches: Batches, to_make: TaskFits) -> None:
+    """Fit the mixtures of a model, and place and round the matrices of a part, layer by layer.
 
-    model: the run's, with the experts as they were trained. fits: of single experts at first.
+    model: the run's, with the experts as they were trained. to_make: fits; at first those of single
+    experts, which are exact.
     """
     head, *embedding = vocabularies(model)               # or one table for both
-    linears = linear_layers(model)
-
-    def in_4_bits(name: str) -> bool:
-        ways = [part.config.form.way_of(name) for part in parts]
-        return any(way and way.bits == 4 for way in ways)
-
-    to_fit = any(routed(linears[name]) for of_task in fits.values() for name in of_task)
-    to_round = any(map(in_4_bits, (*linears, head)))
-    texts = Calibration(model, batches if to_fit or to_round else {})
+    linears, ways = linear_layers(model), part.config.form
+    in_4_bits = {n for n in (*linears, head) if (way := ways.way_of(n)) and way.bits == 4}
+    to_fit = any(routed(linears[name]) for of_task in to_make.values() for name in of_task)
+    texts = Calibration(model, batches if to_fit or in_4_bits else {})
     with frozen(model):
-        if to_round:
+        if in_4_bits:
             texts.weigh()
         for number in progress_bar(range(len(model.model.layers)), "freeze and round",
                                    unit="layer"):
             for names, x in texts.run_layer(number).items():     # what reads the same x (T, D)
-                texts.fit(names, x, fits)
-                R = texts.factor(names, x) if in_4_bits(names[0]) else None
-                for part in parts:
-                    part.place(names)
-                    round_all(part, names, R)
-        R = None
-        if in_4_bits(head):
-            R = texts.factor([HEAD], texts.of_head(), DAMPING if embedding else TIED_DAMPING)
-    for part in parts:
-        round_all(part, [head], R)
-        round_all(part, embedding, None)
+                texts.fit(names, x, to_make)
+                place(part, names)
+                round_all(part, names, texts.factor(names, x) if in_4_bits & {*names} else None)
+        damping = DAMPING if embedding else TIED_DAMPING
+        round_all(part, [head], texts.factor([HEAD], texts.of_head(), damping)
+                  if head in in_4_bits else None)
+    round_all(part, embedding, None)
+
+
+def place(part: Part, names: Sequence[str]) -> None:
+    """Put into the shipped model, in place of some modules, what ships of their experts."""
+    config = part.config
+    for name in names:
+        layer = part.shipped.get_submodule(name)
+        if not isinstance(layer, ExpertLinear) or config.routing == "dynamic":
+            continue
+        fits: Any = {task: of_task[name] for task, of_task in part.fits.items()}
+        new: nn.Module
+        if config.adapters:
+            new = AdapterLinear(layer, fits)
+        elif config.routing == "merge" and config.layout != "peft":
+            new = BlockLinear(MergedWeight(layer.weight, fits[config.task]), layer.bias)
+        else:
+            new = frozen_layer(layer, fits[config.task])
+        part.shipped.set_submodule(name, new)
+
+
+def round_all(part: Part, names: Sequence[str], R: Tensor | None) -> None:
+    """Store matrices that read the same in few bits: in 4, for inputs whose `factor` is R; in 8, or
+    without R, each number is rounded to the nearest."""
+    if not names or not (way := part.config.form.way_of(names[0])):
+        return
+    weights = [matrix(part.shipped.get_submodule(name)) for name in names]
+    positive = part.config.target == "npu" and way.bits == 8
+    blocks = gptq(weights, R, *way) if R is not None else [
+        quantize(weight, *way, positive=positive) for weight in weights]
+    for name, own in zip(names, blocks):
+        put_weight(part.shipped, name, BlockWeight(own, torch.float32))
+
+
+def unrounded(part: Part, reference_fp32: CausalLM) -> CausalLM:
+    """The shipped model as it would be if no weight were rounded."""
+    other = Part(part.config, sharing_copy(reference_fp32), part.fits)
+    place(other, [*expert_layers(reference_fp32)])
+    return other.shipped
+
+
+def with_adapter(shipped: CausalLM, task: str | None) -> CausalLM:
+    """A model that ships, from now on with the LoRAs of a task, if it has such, or with none."""
+    for layer in shipped.modules():
+        if isinstance(layer, AdapterLinear):
+            layer.task = task
+    return shipped
+
+
+def sharing_copy(model: Any) -> Any:
+    """A copy of the modules of a model that shares its parameters and buffers."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 def fits_to_make(config: ExportConfig, source: Source, batches: Batches) -> TaskFits:
@@ -92,32 +154,17 @@ def fits_to_make(config: ExportConfig, source: Source, batches: Batches) -> Task
     return no_fits(layers, batches, [*batches] if config.adapters else [config.task])
 
 
-def ranges_of(config: ExportConfig, shipped: CausalLM, samples: Samples, source: Source) -> Ranges:
-    """The ranges of activations on the samples, if an NPU stores them in few bits."""
-    if config.target != "npu" or not config.form.rounds:
-        return {}
-    few = PROMPTS if config.prompts else TEXTS
-    texts = [e.ids for examples in samples.values() for e in examples[:few]]
-    return activation_ranges(shipped, answered(shipped, texts, source.tokenizer.stop_ids)
-                             if config.prompts else texts)
-
-
 def show_fits(by_task: TaskFits) -> None:
     """Print the share of each mixture's output that the fits miss, for each task."""
     for task, fits in by_task.items():
         missed = {name: f.residual for name, f in fits.items() if f.kind != "exact"}
         if not missed:                       # a single expert is a linear map
             continue
-        of = f"{clean(task)}: " if task else ""
+        of, kinds = f"{clean(task)}: " if task else "", [f.kind for f in fits.values()]
         print(terminal_heatmap(
             f"{of}share of the mixture's output that one linear map misses", missed))
-        kinds, middle = [f.kind for f in fits.values()], median(missed.values())
         print(f"{', '.join(f'{kinds.count(k)} {k}' for k in dict.fromkeys(kinds))}; median "
-              f"residual on held-out samples {100 * middle:.2f} %")
-        if middle > MUCH:
-            print(f"{of}one linear map misses {100 * middle:.0f} % of what the mixtures write, in "
-                  "the median: calibrate on lines like those of the tasks, or keep the mixtures "
-                  "(--routing dynamic)", file=sys.stderr)
+              f"residual on held-out samples {100 * median(missed.values()):.2f} %")
 
 
 def in_float32(source: Source) -> CausalLM:

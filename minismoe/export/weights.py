@@ -41,16 +41,10 @@ PRECISIONS = {
 
 
 class Storage(NamedTuple):
-    """How a weight matrix is stored."""
+    """How a weight matrix is stored in few bits."""
 
     bits: int                                # 8 or 4
     block: int                               # weights that share a scale; ROW: those of a row
-
-    def nbytes(self, shape: torch.Size) -> int:
-        """Bytes of a matrix (N, K) in blocks, each with a scale in float32."""
-        (N, K), size = shape, self.block
-        size = K if size == ROW else size
-        return N * -(-K // size) * (-(-size * self.bits // 8) + 4)
 
 
 @dataclass(frozen=True)

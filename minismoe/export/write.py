@@ -1,6 +1,5 @@
 """Make the folder that ships: freeze the routing, round, write, and compare with PyTorch."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -14,17 +13,17 @@ import torch
 from ..io.files import last_part, must_be_new, replacing, sha256, sha256_of_parts, write_json
 from ..method.experts import expert_layers
 from ..model.checkpoint import versions
+from ..model.decoder import CausalLM
 from ..runtime import FORMAT, Generator
 from ..runtime.folder import TASKS
-from . import layouts, verify
+from . import layouts
 from .calibration import shuffled_samples
+from .check import check, tolerance
 from .contract import golden, prompt
-from .layers import vocabularies
-from .part import Part
-from .plan import check_prompts, in_words, matrix_bytes, nbytes, resolved
+from .plan import check_prompts, in_words, resolved
 from .ranges import refuse_float16
 from .settings import ExportConfig, Source
-from .ship import in_float32, ship
+from .ship import Part, in_float32, ship
 from .table import splitting, write_port
 
 SHARD = 64_000_000                           # bytes
@@ -36,7 +35,7 @@ def export_model(config: ExportConfig, source: Source,
 
     It gets its name only if it works: a failure leaves nothing. Raises ValueError for settings that
     do not fit the model, or if the folder does not compute what PyTorch does; FileExistsError if
-    the folder is there; OSError if the disk is too full.
+    the folder is there.
     """
     configs = resolved(config, source)
     config = configs[-1]
@@ -51,28 +50,26 @@ def export_model(config: ExportConfig, source: Source,
         if config.port:                      # may refuse the tokenizer, and the chat template
             splitting(folder)
             prompt(source)
-        size, free = sum(nbytes(c, source) for c in configs), shutil.disk_usage(folder).free
-        if free < size:
-            raise OSError(f"{out}: the disk has {free / 1e6:.1f} MB left, and the weights take "
-                          f"{size / 1e6:.1f}")
         reference_fp32 = in_float32(source)
         if any(c.graph and c.form.dtype == torch.float16 for c in configs):
             refuse_float16(reference_fp32, check_prompts(source))
-        parts = ship(configs, source, reference_fp32, samples)
-        *others, info = [write(part, source, folder) for part in parts]
+        infos, fits = list[dict[str, Any]](), None
+        for each in configs:
+            part = ship(each, source, reference_fp32, samples, fits)
+            infos, fits = [*infos, write(part, source, folder, reference_fp32)], part.fits
+        *others, info = infos
         for other in others:                 # of a web folder
             info["other_graph"] = {name: other[name] for name in (
                 "arguments", "checked", "cache_type", "contract") if name in other}
         return out, record(info, folder)
 
 
-def write(part: Part, source: Source, folder: Path) -> dict[str, Any]:
+def write(part: Part, source: Source, folder: Path, reference_fp32: CausalLM) -> dict[str, Any]:
     """Write a part into the folder, and check it; returns what export.json says of it."""
     config, graph = part.config, dict[str, Any]()
     info = about(config, source)
     if config.graph:
         graph = layouts.write_graph(part, folder)
-        graph["vocabulary_bytes"] = matrix_bytes(config, source, *vocabularies(source.trained))
         if source.tasks:
             write_json(folder / TASKS, {
                 t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
@@ -80,9 +77,9 @@ def write(part: Part, source: Source, folder: Path) -> dict[str, Any]:
     else:
         layouts.write_weights(config.layout, source.base, source.name,
                               part.fits[config.task], folder)
-    checked = verify.check(part, source, folder)
+    checked = check(part, source, folder, reference_fp32)
     if config.graph:
-        graph["contract"]["golden"] = golden(Generator(folder), verify.tolerance(config))
+        graph["contract"]["golden"] = golden(Generator(folder), tolerance(config))
         with suppress(*() if config.port else (ValueError,)):    # some templates cannot be split
             graph["contract"]["prompt"] = prompt(source)
     if config.port:
@@ -120,5 +117,6 @@ def record(info: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             files[name] = {"bytes": size, "sha256": sha256(f)}
             if info["layout"] == "web" and size > SHARD:     # a page checks it part by part
                 files[name]["shards"] = {"bytes": SHARD, "sha256": sha256_of_parts(f, SHARD)}
-    write_json(folder / "export.json", {**info, "files": files})
-    return {**info, "files": files}
+    content = {**info, "bytes": sum(file["bytes"] for file in files.values()), "files": files}
+    write_json(folder / "export.json", content)
+    return content
