@@ -30,7 +30,7 @@ from minismoe.cli.export_flags import NO_RUN, parse
 from minismoe.cli.flags import InputConfig
 from minismoe.data.tasks import are_short
 from minismoe.data.tokenizer import load_tokenizer
-from minismoe.export.answers import answered_in_torch
+from minismoe.export.answers import rights_in_torch
 from minismoe.export.calibration import unlabelled
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.ship import widened
@@ -117,13 +117,16 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
     for task in inputs.tasks:
         asked = questions(inputs.tokenizer, task, context)
         most = ANSWERED if are_short([*map(len, asked.answers)]) else CHECKED
-        task.test = task.test[:config.limit_test or most]
+        lines = cli.drawn([*range(len(task.test))], config.limit_test or most, saved.seed)
+        task.test = [task.test[i] for i in lines]
+        if right := judged.get(task.name):
+            judged[task.name] = [right[i] for i in lines]
     source = Source(
         run, inputs.folder, whole.model.name, inputs.model, inputs.tokenizer, inputs.tasks,
         inputs.encoded, saved.system, judged)
     if config.vocab:
         of_whole = replace(source, trained=whole.model, tokenizer=whole.tokenizer)
-        judged |= {task.name: answered_in_torch(whole.model, of_whole, task)
+        judged |= {task.name: rights_in_torch(whole.model, of_whole, task)
                    for task in inputs.tasks if task.name not in judged}
     return source
 

@@ -15,9 +15,8 @@ import export as script
 from minismoe.export import graph, steps
 from minismoe.export.calibration import Batches
 from minismoe.export.mixture import round_experts
-from minismoe.export.part import Part, sharing_copy
 from minismoe.export.settings import ExportConfig
-from minismoe.export.ship import freeze_and_round
+from minismoe.export.ship import Part, freeze_and_round, sharing_copy
 from minismoe.export.weights import GraphFormat
 from minismoe.io.files import read_json
 from minismoe.model.decoder import CausalLM, Config
@@ -41,7 +40,7 @@ def random_model(seed: int = 0, **changes: Any) -> CausalLM:
 def part_of(model: CausalLM, form: GraphFormat) -> Part:
     """A graph of that form, which holds the model in floats; routing goes on."""
     return Part(ExportConfig(routing="dynamic", target=form.target, precision=form.precision,
-                             block=form.block), model, {})
+                             block=form.block), sharing_copy(model), {})
 
 
 def stored(model: CausalLM, form: GraphFormat, beside: Mapping[str, nn.Linear] = {}) -> CausalLM:
@@ -58,7 +57,7 @@ def rounded(tree: CausalLM, form: GraphFormat, model: CausalLM | None = None,
             batches: Batches | None = None) -> CausalLM:
     """A copy of a tree in few bits, rounded for what a model reads on batches."""
     part = part_of(tree, form)
-    freeze_and_round([part], model or tree, batches or {}, {})
+    freeze_and_round(part, model or tree, batches or {}, {})
     return part.shipped
 
 

@@ -8,7 +8,8 @@ import torch
 from tiny import SMALL, randomise, small_model
 from torch import Tensor, nn
 
-from minismoe.export.ship import freeze_and_round
+from minismoe.export.settings import ExportConfig
+from minismoe.export.ship import Part, freeze_and_round, sharing_copy
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.freeze import Fit, TaskFits, frozen_layer, merged, no_fits
 
@@ -43,7 +44,8 @@ def tasks(rows: int = 8, pad: str = "right") -> dict[str, list[Data]]:
 def fit(model: Any, data: dict[str, list[Any]]) -> TaskFits:
     """The fits of an export: of each task, and of all of them together (None)."""
     fits = no_fits(expert_layers(model), data, (None, *data))
-    freeze_and_round([], model, data, fits)
+    nothing = Part(ExportConfig(routing="dynamic", precision="fp32"), sharing_copy(model), {})
+    freeze_and_round(nothing, model, data, fits)
     return fits
 
 

@@ -26,8 +26,9 @@ NO_EFFECT: tuple[Row, ...] = (
      NO_GRAPH),
     (lambda c: c.layout == "hf" or c.layout == "peft" and c.routing == "dynamic", "routing",
      NO_GRAPH),
+    (lambda c: c.model and c.layout == "peft", "run limit_test routing adapters task layout",
+     NO_ADAPTERS),
     (lambda c: c.model, "run limit_test routing adapters task", NO_ADAPTERS),
-    (lambda c: c.model and c.layout == "peft", "layout", NO_ADAPTERS),
     (lambda c: c.model and not c.vocab and (
         not c.graph or c.precision in ("fp32", "fp16", "int8", "q8")), "prompts", NO_ADAPTERS),
     (lambda c: c.target == "npu", "routing adapters", "--target npu holds one merged model"),

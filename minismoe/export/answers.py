@@ -40,10 +40,9 @@ def check_answers(part: Part, source: Source, name: str, right: Callable[[Task],
     own = "trimmed" if config.vocab else "trained"
     for task in source.tasks:
         if task.test and (given := right(task)):
-            known = {"trained": source.judged[task.name][:len(given)]} if (
-                task.name in source.judged) else {}
+            known = {"trained": source.judged[task.name]} if task.name in source.judged else {}
             if own not in known:
-                known[own] = answered_in_torch(source.trained, source, task)
+                known[own] = rights_in_torch(source.trained, source, task)
             rights[task.name] = known | {name: given}
     merges = any(fit.kind != "exact" for fits in part.fits.values() for fit in fits.values())
     if merges and config.form.rounds and reference_fp32 and any(losses(rights)):
@@ -51,12 +50,12 @@ def check_answers(part: Part, source: Source, name: str, right: Callable[[Task],
         for task in (task for task in source.tasks if task.name in rights):
             model = with_adapter(merged, task.name if config.adapters else None)
             row, given = rights[task.name], rights[task.name].pop(name)
-            row |= {"merged": answered_in_torch(model, source, task), name: given}
-    show(rights, "rounded" if config.form.rounds else "merged")
+            row |= {"merged": rights_in_torch(model, source, task), name: given}
+    show_rights(rights, "rounded" if config.form.rounds else "merged")
     return rights
 
 
-def answered(generator: Generator, task: Task) -> list[int]:
+def rights_of(generator: Generator, task: Task) -> list[int]:
     """Whether an exported folder answers each test line of a task rightly; [] if it has no room for
     the answers, in the context or in the past of a static graph."""
     # The same lines as in PyTorch: `sizes_of` sees to it that the context holds all of them.
@@ -72,7 +71,7 @@ def answered(generator: Generator, task: Task) -> list[int]:
     ]).right
 
 
-def answered_in_torch(model: CausalLM, source: Source, task: Task) -> list[int]:
+def rights_in_torch(model: CausalLM, source: Source, task: Task) -> list[int]:
     """Whether a model answers each test line of a task rightly."""
     asked = questions(source.tokenizer, task, model.config.max_position_embeddings)
     return evaluate(model, source.tokenizer, asked).right
@@ -100,7 +99,7 @@ def losses(rights: Rights) -> Iterator[tuple[str, dict[str, list[int]], int, int
             yield task, row, lost, won
 
 
-def show(rights: Rights, last_step: str) -> None:
+def show_rights(rights: Rights, last_step: str) -> None:
     """Print the table, each loss with the step that lost most, and which tasks have too few lines.
     last_step: the one before the export, a key of ADVICE."""
     if not rights:

@@ -1,10 +1,9 @@
 """Check an exported folder: compare it with PyTorch, session by session, and measure what it lost.
 
-Three models stand beside a folder. `source.trained` is the run's model, or the base. Where freezing
-loses nothing, the model that ships has to compute the same before it is rounded. `part.shipped`
-holds the weights of the folder: a session that rounds no activations has to compute what it does,
-the session that ships and other providers may differ as far as rounding explains, and files without
-a graph have to hold its numbers to the bit. How far the folder is from the trained model is told.
+`part.shipped` holds the weights of the folder: a session that rounds no activations has to compute
+what it does, the session that ships and other providers may differ as far as rounding explains, and
+files without a graph hold its numbers to the bit. Before it is rounded, it has to compute what the
+trained model does, if freezing loses nothing. How far the folder is from the latter is told.
 
 Letters: n tokens compared, V vocabulary.
 """
@@ -33,7 +32,7 @@ from ..model.quantize import BlockWeight
 from ..runtime import Generator
 from ..runtime.folder import graph_of
 from ..runtime.model import CHUNK
-from .answers import answered, answered_in_torch, check_answers, shares
+from .answers import check_answers, rights_in_torch, rights_of, shares
 from .layers import AdapterLinear, flat, matrix
 from .nodes import all_nodes
 from .plan import TOKENS, check_prompts
@@ -46,8 +45,7 @@ Figures = dict[str | None, dict[str, Any]]   # by adapter; None: without any
 Written = tuple[str, Tensor | None, Tensor]  # a name, what is in a file, and what has to be
 FEW = 4                                      # tokens of a text that is slow to read
 LITTLE = 1e11                                # multiplications that a longer prompt may cost
-FLOAT32 = 1e-4                               # how far logits may be apart, of the largest
-BITS8 = 0.1                                  # the same if activations are rounded to 8 bits
+FLOAT32, BITS8 = 1e-4, 0.1   # how far logits may be apart: in floats, activations in 8 bits
 EXPLAINED = 2                                # times `rounding_error`; kernels had 0.2 to 0.9 of it
 
 
@@ -76,7 +74,7 @@ def check(part: Part, source: Source, folder: Path, reference_fp32: CausalLM) ->
 
     def right(task: Task) -> list[int]:
         generator.use(task.name if config.adapters else None)
-        return answered(generator, task)
+        return rights_of(generator, task)
 
     rights = check_answers(part, source, config.precision, right, reference_fp32)
     for adapter, seen in figures.items():
@@ -134,11 +132,13 @@ def check_shipped(part: Part, source: Source, generator: Generator, prompts: Pro
             if (behind > 2 * allowed * of_text.abs().max()).any():
                 raise ValueError("the export says other texts than PyTorch: it takes a token whose "
                                  f"logit is {behind.max():.2g} below the largest")
-        base = config.adapters and not adapter
-        trained = without_experts(source.trained) if base else source.trained
+        trained = sharing_copy(source.trained)
+        if config.adapters and not adapter:              # the base alone
+            for name, layer in expert_layers(trained).items():
+                trained.set_submodule(name, AdapterLinear(layer, {}))
         figures[adapter] |= {"shipped_error": error} | compare(
             logits(trained, prompts, texts), given)
-        show(adapter or config.task or source.name, figures[adapter],
+        show_logits(adapter or config.task or source.name, figures[adapter],
              "the trimmed model" if config.vocab else "the trained model")
 
 
@@ -157,7 +157,7 @@ def check_provider(part: Part, generator: Generator, other: Generator, name: str
                         tolerance(part.config, exact=npu), wrong)
         found |= {"texts": len(texts), "texts_equal": sum(map(list.__eq__, texts, said))}
         figures[adapter].setdefault("providers", {})[name] = found
-        show(name, found, "the CPU")
+        show_logits(name, found, "the CPU")
 
 
 def adapters(*models: CausalLM | Generator) -> Iterator[str | None]:
@@ -282,8 +282,8 @@ def check_weights(part: Part, source: Source, folder: Path, prompts: Prompts) ->
                          f"the merged ones, to the bit, such as {wrong[0]}")
     exported, along = widened(exported), last_tokens(prompts)
     figures = compare(logits(source.trained, *along), logits(exported, *along))
-    show(source.name, figures)
-    rights = check_answers(part, source, layout, partial(answered_in_torch, exported, source))
+    show_logits(source.name, figures)
+    rights = check_answers(part, source, layout, partial(rights_in_torch, exported, source))
     return figures | {"exact_match": {task: shares(row) for task, row in rights.items()}}
 
 
@@ -311,15 +311,7 @@ def adapter_weights(shipped: CausalLM, folder: Path) -> Iterator[Written]:
         yield from zip((f"{name}.lora_A", f"{name}.lora_B"), found.get(name, [None] * 2), wanted)
 
 
-def without_experts(model: CausalLM) -> CausalLM:
-    """A copy of a model without its experts."""
-    model = sharing_copy(model)
-    for name, layer in expert_layers(model).items():
-        model.set_submodule(name, AdapterLinear(layer, {}))
-    return model
-
-
-def show(name: str, figures: dict[str, Any], beside: str = "the trained model") -> None:
+def show_logits(name: str, figures: dict[str, Any], beside: str = "the trained model") -> None:
     """Print how far an export is from the trained model, or another provider from the CPU."""
     graph = (f"computes its weights within {figures['graph_error']:.1e}, and as it ships within "
              f"{figures['shipped_error']:.1e}; " if "graph_error" in figures else "")

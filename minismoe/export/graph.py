@@ -303,7 +303,7 @@ def write_decoder(file: Path, model: CausalLM, form: GraphFormat,
                   stops: Sequence[int] | None = None) -> None:
     """Write the graph of a model to `file`, and its tensors to `file`.data.
 
-    The modules decide what each matrix is: see part.py. A static form (1, T, P) fixes every size:
+    The modules decide what each matrix is: see ship.py. A static form (1, T, P) fixes every size:
     the cache holds the last P positions, and a prompt is read in chunks of T, the first of which is
     padded on the left. plan.py's `refuse` says what cannot be written.
 

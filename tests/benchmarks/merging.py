@@ -20,9 +20,8 @@ from mixture import merge
 
 import export
 from minismoe.export.calibration import calibration_batches, shuffled_samples
-from minismoe.export.part import sharing_copy
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.export.ship import fits_to_make, freeze_and_round
+from minismoe.export.ship import Part, fits_to_make, freeze_and_round, sharing_copy
 from minismoe.io.text import clean, table
 from minismoe.method.freeze import Fit
 from minismoe.training.evaluate import evaluate, questions
@@ -53,7 +52,8 @@ def main(argv: list[str]) -> None:
     names = [task.name for task in source.tasks]
     fits = fits_to_make(config, source, batches) | fits_to_make(
         replace(config, adapters=True), source, batches)
-    freeze_and_round([], source.trained, batches, fits)
+    freeze_and_round(Part(replace(config, routing="dynamic", precision="fp32"),
+                          sharing_copy(source.trained), {}), source.trained, batches, fits)
     rows = [row("mixture", source, {}),
             row("merged", source, dict.fromkeys(names, fits[None])),
             row("merged for each task", source, fits)]

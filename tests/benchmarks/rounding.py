@@ -35,11 +35,10 @@ from minismoe.cli.export_flags import parse
 from minismoe.cli.flags import positive
 from minismoe.export import calibration, layouts
 from minismoe.export.calibration import shuffled_samples
-from minismoe.export.compare import logits
-from minismoe.export.part import Part
+from minismoe.export.check import logits
 from minismoe.export.plan import resolved
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.export.ship import ship
+from minismoe.export.ship import Part, ship
 from minismoe.io.files import write_json
 from minismoe.io.text import table
 from minismoe.model.checkpoint import load_adapter, load_model
@@ -105,8 +104,8 @@ def parts_of(run: Path, source: Source, ways: Sequence[str]) -> list[Part]:
     samples = shuffled_samples(configs[0], source)
     usual, calibration.EVEN = calibration.EVEN, even
     try:
-        return ship(configs, source, mixture_of(source), {
-            task: examples[:lines] for task, examples in samples.items()})
+        few = {task: examples[:lines] for task, examples in samples.items()}
+        return [ship(config, source, mixture_of(source), few) for config in configs]
     finally:
         calibration.EVEN = usual
 

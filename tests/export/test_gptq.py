@@ -19,7 +19,7 @@ from minismoe.export import calibration
 from minismoe.export.gptq import DAMPING, TIED_DAMPING, factor, gptq
 from minismoe.export.graph import write_decoder
 from minismoe.export.layers import put_weight
-from minismoe.export.part import sharing_copy
+from minismoe.export.ship import sharing_copy
 from minismoe.export.weights import GraphFormat
 from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import exact

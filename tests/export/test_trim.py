@@ -22,7 +22,6 @@ from minismoe.method.experts import expert_layers
 from minismoe.method.vocabulary import BPE, tokens_to_keep
 from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.runtime import Generator
-from minismoe.training.evaluate import Accuracy
 
 TEXTS = ["the cat sat on the mat", "a man ran again"]
 Make = Callable[..., Path]
@@ -123,15 +122,16 @@ def test_what_fewer_tokens_lose_is_told_apart_from_what_rounding_loses(
     write_lines(tmp_path / "data" / "test.jsonl", ((f"say answer {i}", "answer") for i in range(8)))
     train.main(["--model", str(make("llama")), *data, "--epochs", "1", "--out", str(run)])
 
-    def right(model: Any, tokenizer: Any, task: Any) -> Accuracy:
+    def right(model: Any, source: Any, task: Any) -> list[int]:
         sizes.append(model.config.vocab_size)
         assert expert_layers(model) and len(task.test) == 8
-        return Accuracy(8, 8, [], [1] * 8)
+        assert len(source.tokenizer.encode("say cat")[0]) > 0
+        return [1] * 8
 
     after = read_json(run / "after.json")
     assert len(after["data"].pop("right")) == 8
     write_json(run / "after.json", {"data": after["data"] | ({"right": [1] * 8} if known else {})})
-    monkeypatch.setattr(export, "accuracy_in_torch", right)
+    monkeypatch.setattr(export, "rights_in_torch", right)
     export.main([str(run), "--vocab", "320", "--out", str(tmp_path / "out")])
     found = read_json(tmp_path / "out" / "export.json")["checked"][""]["exact_match"]["data"]
     assert sizes == [340] * (not known) and found["trained"] == 1.0 > found["trimmed"]
@@ -175,13 +175,15 @@ def test_a_smaller_base_can_be_trained(make: Make, data: list[str], tmp_path: Pa
 
 
 def test_a_large_vocabulary_is_named_with_what_fewer_tokens_would_take(make: Make) -> None:
-    def hint(total: int) -> str:
-        config = SimpleNamespace(vocab_size=total)
-        source: Any = SimpleNamespace(base=base, trained=SimpleNamespace(config=config))
-        return trimming.hint(source, 168_000_000, 257_000_000)
+    def hint(total: int, size: float = 257e6) -> str:
+        table = SimpleNamespace(weight=torch.empty(total, 640, device="meta"))
+        source: Any = SimpleNamespace(base=base, trained=SimpleNamespace(
+            get_submodule={"model.embed_tokens": table}.get,
+            config=SimpleNamespace(vocab_size=total, tie_word_embeddings=True)))
+        return trimming.hint(source, {"bytes": size, "bits": {"model.embed_tokens": [8, 32]}})
     base = make("llama")
-    assert hint(262144) == "the vocabulary takes 168 of 257 MB: --vocab 32768 would leave 21\n"
-    assert "--vocab 32768 would leave 112" in hint(49152) and hint(32768) == ""
+    assert hint(262144) == "the vocabulary takes 189 of 257 MB: --vocab 32768 would leave 24\n"
+    assert "leave 24" in hint(49152, 100e6) and hint(49152, 110e6) == hint(32768, 30e6) == ""
     (base / "tokenizer.json").write_text('{"model": {"type": "Unigram"}}')
     assert hint(262144) == ""
 

@@ -18,7 +18,7 @@ from tiny import BYTES, FAMILIES, random_hf
 
 from export import main
 from minismoe import generate, load_model
-from minismoe.export.compare import logits, stop_rounding
+from minismoe.export.check import logits, stop_rounding
 from minismoe.export.layers import AdapterLinear
 from minismoe.export.layouts import write_adapter
 from minismoe.io import process
