@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     if config.show:
         print_examples(config, config.show)
         return
-    runs.check_free(runs.folder_of(config), config.resume)       # before hours of work
+    runs.folder_of(config)                           # raises before hours of work
 
     # Load.
     inputs = load_inputs(config)

@@ -6,7 +6,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,50 +99,41 @@ def is_complete(config: RunConfig) -> bool:
     return (config.model, config.data) == (saved["model"], saved["data"])
 
 
-def check_free(run: Path, resume: bool) -> None:
-    """Raise FileExistsError if a new run would lie in a folder that holds anything, and
-    PermissionError if no file can be made in it."""
-    if run.exists() and not run.is_dir():
-        raise FileExistsError(f"{run} is a file: choose another --out")
-    files.must_be_writable(run)
-    if resume:
-        return
-    if (run / "config.json").exists():
-        raise FileExistsError(f"{run} holds a run already: go on with --resume, or choose "
-                              "another --out")
-    if (run / "sensitivity.json").exists():
-        raise FileExistsError(f"{run} is what probe.py measured: choose another --out, with "
-                              f"--allocation {run}/allocation.json to train on it")
-    if run.exists() and (found := [path.name for path in run.iterdir() if path.name[0] != "."]):
-        raise FileExistsError(f"{run} is not empty (it holds {clean(found[0])}): choose another "
-                              "--out")
-
-
 def folder_of(config: RunConfig) -> Path:
-    """--out, or the next free name in runs."""
+    """--out, or the next free name in runs. Raises FileExistsError if a new run would lie in a
+    folder that holds anything, and PermissionError if no file can be made in it."""
     name, n = Path(config.model or "default").resolve().name, 1
     while (free := Path("runs") / f"{name}-{n}").exists():
         n += 1
-    return Path(config.out or free)
+    run = Path(config.out or free)
+    if run.exists() and not run.is_dir():
+        raise FileExistsError(f"{run} is a file: choose another --out")
+    files.must_be_writable(run)
+    found = [path.name for path in (run.iterdir() if run.exists() else ()) if path.name[0] != "."]
+    if found and not config.resume:
+        hint = f"is not empty (it holds {clean(found[0])}): choose another --out"
+        if "config.json" in found:
+            hint = "holds a run already: go on with --resume, or choose another --out"
+        elif "sensitivity.json" in found:
+            hint = ("is what probe.py measured: choose another --out, with --allocation "
+                    f"{run}/allocation.json to train on it")
+        raise FileExistsError(f"{run} {hint}")
+    return run
 
 
 @contextmanager
 def run_folder(config: RunConfig) -> Iterator[Path]:
-    """The folder of a run, held for it: --out, or the next free name in runs.
-
-    Raises FileExistsError as `check_free` does, and BlockingIOError if another process holds it.
-    """
+    """The folder of a run, held for it. Raises what `folder_of` does, and BlockingIOError if
+    another process holds it."""
     run = folder_of(config)              # again: another run may have taken the name meanwhile
     with working_in(run, f"{command('train')} --resume --out {shlex.quote(str(run))}"):
-        # Again: another process may have filled it meanwhile.
-        check_free(run, config.resume)
+        folder_of(replace(config, out=str(run)))         # another process may have filled it
         yield run
 
 
 def saved_config(run: Path) -> dict[str, Any]:
-    """The config.json of a run, its "arguments" checked, with defaults in place of null. Raises
-    FileNotFoundError if there is none, and ValueError if it is not that of a run, if another
-    version of minismoe made it, or for a value that no flag can have."""
+    """The config.json of a run. Raises FileNotFoundError if there is none, and ValueError if it is
+    not that of a run, if another version of minismoe made it, or for a value that no flag has."""
     file = run / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{run} holds no run: config.json is missing. Name the folder of a "
@@ -152,17 +143,15 @@ def saved_config(run: Path) -> dict[str, Any]:
     if lacks := [name for name, kind in form.items() if not isinstance(config.get(name), kind)]:
         raise ValueError(f"{file} is not of a run: it lacks {', '.join(lacks)}")
     flags = {f.name: f for f in fields(RunConfig) if f.metadata}
-    saved = {name: value for name, value in config["arguments"].items() if value is not None}
-    other = [f"lacks {name}" for name, f in flags.items()
-             if f.default is not None and name not in config["arguments"]]
-    other += [f"has {name}, which is no flag" for name in saved.keys() - flags.keys()]
-    if other:
+    saved = config["arguments"]
+    if other := [f"lacks {name}" for name in flags if name not in saved] + [
+            f"has {name}, which is no flag" for name in saved if name not in flags]:
         raise ValueError(f"{file} {', '.join(other)}: another version of minismoe made this run, "
                          "so train again with this one")
     for name, value in saved.items():
         if wrong := wrong_value(flags[name], value):
             raise ValueError(f"{file}: argument {option(name)}: {wrong}")
-    return config | {"arguments": {name: f.default for name, f in flags.items()} | saved}
+    return config
 
 
 def read_run(run: Path) -> InputConfig:
@@ -181,8 +170,7 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
     what differs of the model, the tasks and the allocation.
     """
     now: dict[str, Any] = {
-        "format": "minismoe.run/1",
-        "arguments": as_flags(config),
+        "format": "minismoe.run/1", "arguments": as_flags(config),
         "identity": inputs.identity | {
             "the allocation": files.sha256_of_json(allocation.to_json())[:16]},
         "versions": versions(), "machine": platform.platform(), "threads": torch.get_num_threads()}
@@ -198,17 +186,13 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
                        for c in (now, saved))
         if changes := differences(here, there):
             print(f"the last bits may differ: {changes}", file=sys.stderr)
-        same_threads(saved["threads"])
+        if saved["threads"] != now["threads"]:           # the order of sums depends on it
+            print(f"threads: {saved['threads']} as before, and not {now['threads']}: results stay "
+                  "the same to the last bit")
+            torch.set_num_threads(saved["threads"])
         saved["arguments"] |= {name: now["arguments"][name] for name in UPDATED}
         now = saved
     files.write_json(run / "config.json", now)
-
-
-def same_threads(count: int) -> None:
-    """Compute with as many threads as an earlier process did: the order of sums depends on it."""
-    if count != (now := torch.get_num_threads()):
-        print(f"threads: {count} as before, and not {now}: results stay the same to the last bit")
-        torch.set_num_threads(count)
 
 
 def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
@@ -228,8 +212,6 @@ def other_tasks(run: Path, inputs: Inputs, task: str | None = None) -> str:
 
 def next_commands(run: Path, config: RunConfig) -> str:
     """Commands to type next."""
-    commands = ["Next:", f"  {command('export')} {shlex.quote(str(run))}"]
-    if config.model is None:
-        commands.append(f"  {command('train')} --model HuggingFaceTB/SmolLM2-135M-Instruct --data "
-                        "FOLDER")
-    return "\n".join(commands)
+    real = (f"\n  {command('train')} --model HuggingFaceTB/SmolLM2-135M-Instruct --data FOLDER"
+            if config.model is None else "")
+    return f"Next:\n  {command('export')} {shlex.quote(str(run))}{real}"

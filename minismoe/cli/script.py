@@ -1,16 +1,48 @@
-"""How a script ends, whatever happens, and how it keeps others out of its folder."""
+"""The installed command, how a script ends, and how it keeps others out of its folder.
+
+In a clone, train.py, probe.py and export.py at the top are the scripts themselves; an installation
+holds them as the package minismoe.scripts. Nothing here loads torch: chat does without it.
+"""
 
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from ..io.process import bound_memory
-from ..io.signals import handling, interrupt, locked
+from ..io.signals import end_quietly, handling, interrupt, locked
 from ..io.text import clean, open_streams, print_error
+
+COMMANDS = {"train": "fine-tune a model on your tasks",
+            "probe": "measure how sensitive each weight matrix is to each task",
+            "export": "export a run for onnxruntime, a browser, PEFT or transformers",
+            "chat": "ask an exported model, with onnxruntime and without PyTorch"}
+
+
+def main() -> None:
+    """minismoe train|probe|export|chat: run what the first argument names; exit with 2 if it names
+    nothing."""
+    name, *flags = sys.argv[1:] or ["--help"]
+    if name not in COMMANDS:
+        listing = "\n".join(f"  minismoe {word:7} {about}" for word, about in COMMANDS.items())
+        asked = name in ("-h", "--help")
+        print(f"{'' if asked else f'no command {clean(name)}; '}one of these, each with --help:\n"
+              f"{listing}", file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
+    sys.argv = [f"minismoe {name}", *flags]
+    end_quietly()
+    if name == "chat":
+        import_module("minismoe.runtime.__main__").run()
+        return
+    installed = find_spec("minismoe.scripts") is not None
+    if not installed:                    # pip install -e: the scripts stay in the clone
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    run_script(import_module(f"minismoe.scripts.{name}" if installed else name).main)
 
 
 def command(name: str) -> str:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -360,7 +361,8 @@ def test_a_place_that_cannot_be_written_is_seen_before_the_probe(inputs, tmp_pat
           says=f"new/run cannot be written: {tmp_path} is no folder")
 
 
-def test_another_device_is_said(run, capsys) -> None:
+def test_another_device_is_said(run, capsys, request) -> None:
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     config = read_json(run / "config.json")
     arguments = config["arguments"] | {"device": "cuda"}
     write_json(run / "config.json", config | {"threads": 7, "arguments": arguments})

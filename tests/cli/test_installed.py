@@ -5,14 +5,15 @@ import sys
 import pytest
 from tiny import python
 
-from minismoe.cli import command
+from minismoe.cli import script
 
 
 def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/minismoe", *words])
+    monkeypatch.setattr(script, "end_quietly", lambda: None)     # Ctrl-C stays that of the tests
     code = 0
     try:
-        command.main()
+        script.main()
     except SystemExit as e:
         code = e.code or 0
     return (code, *capsys.readouterr())
@@ -31,20 +32,20 @@ def test_train_is_the_script_and_proposes_the_command(inputs, tmp_path, monkeypa
 @pytest.mark.parametrize("word, code", [("", 0), ("--help", 0), ("tune", 2)])
 def test_it_lists_what_there_is(monkeypatch, capsys, word, code) -> None:
     ended, out, err = run(monkeypatch, capsys, *[word] * bool(word))
-    assert ended == code and all(f"minismoe {name}" in out + err for name in command.SCRIPTS)
+    assert ended == code and all(f"minismoe {name}" in out + err for name in script.COMMANDS)
     assert (out == "") == (code == 2)
 
 
 def test_chat_starts_without_torch() -> None:
     code = ("import sys; sys.argv = ['minismoe', 'chat', '--help']\n"
-            "from minismoe.cli.command import main\n"
+            "from minismoe.cli.script import main\n"
             "try: main()\nfinally: print('torch' in sys.modules, 'tqdm' in sys.modules)")
     done = python("-c", code)
     assert done.stdout.startswith("usage: ") and done.stdout.endswith("False False\n")
 
 
 @pytest.mark.parametrize("words", [("train.py",), ("probe.py",), ("export.py",), (
-    "-c", "import sys; sys.argv = ['minismoe', 'train']; from minismoe.cli.command import main\n"
+    "-c", "import sys; sys.argv = ['minismoe', 'train']; from minismoe.cli.script import main\n"
     "main()")])
 def test_ctrl_c_while_modules_load_ends_in_one_line(tmp_path, words) -> None:
     """A module that stands for torch is interrupted as it loads."""

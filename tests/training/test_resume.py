@@ -19,7 +19,6 @@ from tiny import ROOT, examples, finish, interrupt_in, python, tiny
 import minismoe.training.loop as training
 import probe
 import train
-from minismoe.cli import runs
 from minismoe.io import files
 from minismoe.io.files import read_json, replacing, write_json
 from minismoe.io.signals import ENDING, Interrupted, handling, interrupt, locked
@@ -251,18 +250,6 @@ def test_a_run_interrupted_while_probing_can_start_anew(inputs, tmp_path, capsys
         assert finish(train.main, *begin, capsys=capsys)[0] == 130
     assert not (tmp_path / "trained").exists()
     succeed(train.main, *begin)
-
-
-def test_resume_restores_the_number_of_threads(capsys) -> None:
-    before = torch.get_num_threads()
-    try:
-        runs.same_threads(before)
-        assert not capsys.readouterr().out
-        runs.same_threads(before + 1)
-        assert torch.get_num_threads() == before + 1
-        assert f"threads: {before + 1} as before" in capsys.readouterr().out
-    finally:
-        torch.set_num_threads(before)
 
 
 @posix
