@@ -42,7 +42,9 @@ def tasks(rows: int = 8, pad: str = "right") -> dict[str, list[Data]]:
 
 
 def fit(model: Any, data: dict[str, list[Any]]) -> TaskFits:
-    """The fits of an export: of each task, and of all of them together (None)."""
+    """The fits of an export: of each task, and of all of them together (None); all tokens count
+    alike, as there are no answers."""
+    data = {task: [(ids, mask) for ids, mask, *_ in batches] for task, batches in data.items()}
     fits = no_fits(expert_layers(model), data, (None, *data))
     nothing = Part(ExportConfig(routing="dynamic", precision="fp32"), sharing_copy(model), {})
     freeze_and_round(nothing, model, data, fits)

@@ -131,7 +131,9 @@ class Calibration:
             generator = torch.Generator().manual_seed(0)
             found = [state.token_weights(self.model, 1 - 2 * torch.randint(
                 2, state.answers.shape, generator=generator)) for state in self.states]
-            self.token_weights = {name: torch.cat([of[name] for of in found]) for name in found[0]}
+            weights = {name: torch.cat([of[name] for of in found]) for name in found[0]}
+            if all(w.isfinite().all() for w in weights.values()):        # else `solve` says where
+                self.token_weights = weights
 
     def run_layer(self, number: int) -> Mapping[tuple[str, ...], Tensor | None]:
         """Run a decoder layer on all texts. Returns what its linear layers read, x (T, D), by the
@@ -156,18 +158,20 @@ class Calibration:
             if x is None or not mixtures or not of_task:
                 continue
             own: Any = slice(None) if task is None else self.task == self.tasks.index(task)
-            of_task |= solve(mixtures, x[own], self.held[own], self.times[own])
+            of_task |= solve(mixtures, x[own], self.held[own], self.counts([*mixtures], x)[own])
 
     def factor(self, names: Sequence[str], x: Tensor | None, damping: float = DAMPING,
                ) -> Tensor | None:
-        """The `factor` of what some matrices read, x (T, D). A token that is there c times counts
-        EVEN c + (1 - EVEN) w, where w sums its weights for these matrices, scaled so that all w add
-        up to what all c do. Without answers it counts c."""
-        if x is None:
-            return None
+        """The `factor` of what some matrices read, x (T, D)."""
+        return None if x is None else factor(x * self.counts(names, x).sqrt()[:, None], damping)
+
+    def counts(self, names: Sequence[str], x: Tensor) -> Tensor:
+        """How much each token counts for some matrices, (T,), in the dtype of x. A token that is
+        there c times counts EVEN c + (1 - EVEN) w, where w sums its weights for these matrices,
+        scaled so that all w add up to what all c do. Without answers it counts c."""
         counts = self.times.to(x)
-        if self.token_weights:
-            w = torch.stack([self.token_weights[name] for name in names]).sum(0).to(x)
-            w *= counts.sum() / w.sum().clamp(min=torch.finfo(w.dtype).tiny)
-            counts = EVEN * counts + (1 - EVEN) * w
-        return factor(x * counts.sqrt()[:, None], damping)
+        if not self.token_weights:
+            return counts
+        w = torch.stack([self.token_weights[name] for name in names]).sum(0).to(x)
+        w *= counts.sum() / w.sum().clamp(min=torch.finfo(w.dtype).tiny)
+        return EVEN * counts + (1 - EVEN) * w

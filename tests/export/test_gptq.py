@@ -16,7 +16,7 @@ from mixture import COUNTS, V, merge, model_of, tasks
 from torch import Tensor
 
 from minismoe.export import calibration
-from minismoe.export.gptq import DAMPING, TIED_DAMPING, factor, gptq
+from minismoe.export.gptq import factor, gptq
 from minismoe.export.graph import write_decoder
 from minismoe.export.layers import put_weight
 from minismoe.export.ship import sharing_copy
@@ -160,7 +160,7 @@ def test_the_tied_table_is_damped_more(model: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(calibration, "factor", watched)
     rounded(model, GraphFormat("ort", "int4", 64), model, {"a": BATCHES[:1]})
     inputs = 4 * len(model.model.layers)     # q, k and v; o; gate and up; down
-    assert damped == [*[DAMPING] * inputs, TIED_DAMPING]
+    assert damped == [*[0.1] * inputs, 0.3]
 
 
 def test_matrices_of_a_group_may_have_bits_of_their_own(model: Any, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tiny import random_hf, save_bytes_model, write_lines
 import export
 import train
 from minismoe.cli import trimming
+from minismoe.data.tasks import Example, Task
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export.trim import trimmed_tokenizer, write_trimmed
 from minismoe.io.files import read_json, write_json
@@ -95,12 +96,26 @@ def test_a_post_processor_has_the_new_ids() -> None:
             ({"type": "Sequence", "processors": [
                 {"type": "RobertaProcessing", "sep": ["</s>", 3], "cls": ["<s>", 1]}]}, None)):
         found = trimmed_tokenizer({"model": {"vocab": vocab, "merges": []}, "added_tokens": [],
-                                   "post_processor": before}, {1: 0, 3: 1})["post_processor"]
+                                   "post_processor": before, "padding": {"pad_id": 9}},
+                                  {1: 0, 3: 1})
+        assert found["padding"] is None
+        found = found["post_processor"]
         if after:
             assert found["special_tokens"] == after and found["single"] == before["single"]
         else:
             (inner,) = found["processors"]
             assert (inner["sep"], inner["cls"]) == (["</s>", 1], ["<s>", 0])
+
+
+def test_answers_of_a_set_and_the_template_are_needed(make: Make) -> None:
+    """Whether or not a text has them, beside the tokens of the texts."""
+    tokenizer = load_tokenizer(make("llama"))
+    ids, task = (lambda text: {*tokenizer.encode(text)[0]}), Task("a", [], [])
+    texts = {"a": [Example("a", tokenizer.encode("sat")[0], [])]}
+    bare = trimming.needed_tokens(tokenizer, [task], texts)
+    assert ids("sat") <= bare and ids("User") <= bare and not ids(" ran") <= bare
+    task.choices = ["ran"]
+    assert trimming.needed_tokens(tokenizer, [task], texts) - bare >= ids(" ran") - bare > set()
 
 
 @pytest.fixture
