@@ -33,7 +33,8 @@ def allocation_file(folder: Path, value: dict) -> Path:
     return folder / "settings.json"
 
 
-def test_probe_writes_its_files(inputs, tmp_path, succeed) -> None:
+def test_probe_writes_its_files_and_keeps_what_it_measured(inputs, tmp_path, succeed, fails,
+                                                           ) -> None:
     out = succeed(probe.main, *inputs, "--out", tmp_path, "--samples", "8", "--rank", "4")
     sensitivity = read_json(tmp_path / "sensitivity.json")
     allocation = read_json(tmp_path / "allocation.json")
@@ -46,6 +47,15 @@ def test_probe_writes_its_files(inputs, tmp_path, succeed) -> None:
     assert "chat template: the checkpoint brings none, so a turn is" in out
     assert ("sum: 30 lines of instruction and output; no test.jsonl: 3 of 30 training lines held "
             "out\n") in out
+    fails(train.main, *inputs, "--out", tmp_path,
+          says="is what probe.py measured: choose another --out")
+    assert read_json(tmp_path / "sensitivity.json") == sensitivity
+    file = allocation_file(tmp_path.parent, {"min_experts": 0})      # what else would fit nothing
+    fails(probe.main, *inputs, "--out", tmp_path, "--samples", "2", "--budget-params", "1",
+          "--allocation", file,
+          says="a budget of 1 trainable parameters is too small: the nearest possible is")
+    assert read_json(tmp_path / "sensitivity.json")["tasks"]["sum"]["samples"] == 2
+    assert not (tmp_path / "allocation.json").exists()   # that of the earlier probe is gone
 
 
 def test_train_end_to_end(inputs, tmp_path, succeed, fails) -> None:
@@ -183,14 +193,6 @@ def test_no_probe_where_it_decides_nothing(inputs, tmp_path, monkeypatch, succee
     assert found["strategy"] == "lora" and [*found["experts"].values()] == [1] * 14
 
 
-def test_what_was_probed_is_not_written_over(inputs, tmp_path, succeed, fails) -> None:
-    known = *inputs, "--samples", "4", "--out", tmp_path
-    succeed(probe.main, *known)
-    before = (tmp_path / "sensitivity.json").read_bytes()
-    fails(train.main, *known, says="is what probe.py measured: choose another --out")
-    assert (tmp_path / "sensitivity.json").read_bytes() == before
-
-
 @pytest.mark.parametrize("named", [True, False])
 def test_a_run_that_came_meanwhile_is_left_as_it_is(inputs, tmp_path, fails, succeed, monkeypatch,
                                                     named) -> None:
@@ -270,17 +272,6 @@ def test_matrices_below_the_rank_are_left_out_unless_they_are_named(inputs, tmp_
             "q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} and len(experts) == 10
     fails(train.main, *known, "--target-modules", "q_proj,k_proj",
           says="rank 20 is more than the matrix itself has: model.layers.0.self")
-
-
-def test_what_was_probed_is_kept_if_the_scores_do_not_fit(inputs, tmp_path, succeed, fails) -> None:
-    known = *inputs, "--samples", "2", "--out", tmp_path
-    succeed(probe.main, *known)
-    assert (tmp_path / "allocation.json").exists()
-    file = allocation_file(tmp_path.parent, {"min_experts": 0})
-    fails(probe.main, *known, "--budget-params", "1", "--allocation", file,
-          says="a budget of 1 trainable parameters is too small: the nearest possible is")
-    assert read_json(tmp_path / "sensitivity.json")["tasks"].keys() == {"sum", "upper"}
-    assert not (tmp_path / "allocation.json").exists()   # that of an earlier probe is gone
 
 
 def test_a_probe_of_a_broken_checkpoint_is_one_line(inputs, tmp_path, fails) -> None:
