@@ -235,8 +235,8 @@ def print_examples(config: InputConfig, count: int) -> None:
             supervised = sum(label != IGNORE for label in example.labels)
             print(f"--- {clean(task.name)} {number}: {len(example.ids)} tokens, {supervised} "
                   "supervised")
-            text = tokenizer.render(messages)
-            starts = [*tokenizer.encode(text)[1], len(text)]        # of each token in the text
+            encoded = tokenizer.encode_chat(messages)
+            text, starts = encoded.text, [*encoded.starts, len(encoded.text)]
             marked = ""
             for is_answer, tokens in groupby(zip(example.labels, starts, starts[1:]),
                                              lambda token: token[0] != IGNORE):

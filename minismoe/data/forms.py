@@ -30,7 +30,7 @@ def form_of(line: Json) -> str:
 
 
 def messages_of(line: Json, form: str) -> Sequence[Json]:
-    """The messages of a line, each with a role; those of a prompt have weight 0, as TRL does not
+    """The messages of a line, each with a role; answers of a prompt have weight 0, as TRL does not
     train on them. ValueError if a text or a list is missing."""
     keys = FORMS[form]
     if len(keys) == 1 or isinstance(line[keys[0]], list):
@@ -38,7 +38,8 @@ def messages_of(line: Json, form: str) -> Sequence[Json]:
         if not all(isinstance(part, list) and part for part in lists):
             raise ValueError(f"{' or '.join(keys)} is no list, or empty")
         *prompt, completion = ([*map(as_message, part)] for part in lists)
-        return [m | {"weight": 0} for part in prompt for m in part] + completion
+        return [m | {"weight": 0} if m["role"] == "assistant" else m
+                for part in prompt for m in part] + completion
     *texts, answer = (text_of(line, key) for key in keys)
     question = "\n".join(filter(None, texts))
     if not question.strip() or not answer.strip():

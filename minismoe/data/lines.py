@@ -20,7 +20,7 @@ from .tools import Function, calls_of, functions, with_tools
 LONGEST_LINE = 1 << 20           # bytes: about 250,000 tokens, more than any model reads
 ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_KEYS = ("role", "content", "name", "tool_call_id", "tool_calls", "weight")
-WEIGHTS = ("weight", "train")    # 0 or false: an answer that is not trained on
+WEIGHTS = ("weight", "train")    # 0 or false: a message that is not trained on
 BadLines = defaultdict[tuple[Path, str], list[int]]      # (file, reason) -> numbers of lines
 
 
@@ -152,7 +152,7 @@ def checked_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Func
 
 
 def checked_message(m: Mapping[str, Any], tools: Sequence[Function], before: Message) -> Message:
-    """A message that follows `before`; an answer that is not trained on has weight 0."""
+    """A message that follows `before`; one that is not trained on has weight 0."""
     calls, answers = calls_of(m.get("tool_calls"), tools), m["role"] == "assistant"
     if not isinstance(m.get("content"), str | None if calls and before else str):
         raise ValueError("each message needs a string role and a string content")
@@ -161,7 +161,7 @@ def checked_message(m: Mapping[str, Any], tools: Sequence[Function], before: Mes
         raise ValueError("a message has tool_calls, which is not the assistant's")
     if m["role"] == "tool" and not ("tool_calls" in before or before.get("role") == "tool"):
         raise ValueError("a tool turn follows no call: put an assistant's tool_calls before it")
-    weights = [m[key] for key in WEIGHTS if answers and m.get(key) is not None]
+    weights = [m[key] for key in WEIGHTS if m.get(key) is not None]
     if not all(weight in (0, 1) for weight in weights):
         raise ValueError(f"a message has weight {weights[0]!r}: give 0 or 1")
     m = {**m, "tool_calls": calls or None, "weight": 0 if 0 in weights else None}

@@ -50,13 +50,20 @@ class Task:
 
 @dataclass
 class Example:
-    """One conversation as tokens; labels are IGNORE at unsupervised tokens."""
+    """One conversation as tokens; labels are IGNORE at unsupervised tokens.
+
+    The plan of its task sets how it is trained: prompt_weight is the weight in the loss of the
+    tokens at `asked`, and smoothing the share of probability that other tokens get.
+    """
 
     task: str
     ids: list[int]
     labels: list[int]
     index: int = 0                # its place among the task's training conversations
     cut: bool = False             # by the length limit
+    asked: list[int] = field(default_factory=list)       # positions of what users wrote
+    prompt_weight: float = 0.0
+    smoothing: float = 0.0
 
     @property
     def supervised(self) -> int:
@@ -181,55 +188,17 @@ def shared_instruction(conversations: Sequence[Sequence[Message]]) -> str:
     return text[:text.rfind("\n") + 1]
 
 
-def supervised_spans(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[str, list[range]]:
-    """The rendered conversation, and the ranges of characters that are the assistant's turns.
-
-    A turn begins where the rendering of the messages before it, with the generation prompt, ends,
-    as at inference. A first message has no prompt, so it is no turn, nor is one of weight 0. Raises
-    ValueError if the template renders earlier turns differently once more messages follow, if an
-    answer does not begin where the generation prompt ends, or if it holds a token that ends a turn.
-    """
-    text, spans = tokenizer.render(messages), []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i == 0 or message.get("weight") == 0:
-            continue
-        before = tokenizer.render(messages[:i], add_generation_prompt=True)
-        after = text if i + 1 == len(messages) else tokenizer.render(messages[:i + 1])
-        if not text.startswith(after):
-            raise ValueError(
-                f"the chat template renders turn {i + 1} of {len(messages)} differently when more "
-                "follows: give a template whose output only grows, or data with one answer a line")
-        if not after.startswith(before):
-            raise ValueError("the chat template does not begin an answer as its generation prompt, "
-                             f"which ends in {before[-20:]!r}: give a template that does")
-        turn, answer = after[len(before):], message.get("content", "").strip()
-        if ends := [t for t, id in tokenizer.special.items()
-                    if t in answer and id in tokenizer.stop_ids]:
-            raise ValueError(f"the answer holds {ends[0]}, which ends a turn: remove it")
-        opening = turn[:turn.find(answer)] if answer in turn else ""
-        if opens := [t for t in tokenizer.special if t in opening and t in before]:
-            raise ValueError(f"the chat template opens an answer by {opens[0]}, which its "
-                             "generation prompt leaves out: give a template that heeds "
-                             "add_generation_prompt")
-        if not all(c["function"]["name"] in turn for c in message.get("tool_calls", ())):
-            raise ValueError("the chat template leaves out tool_calls: give a template that writes "
-                             "them, or write the calls as the turn's content")
-        spans.append(range(len(before), len(after)))
-    return text, spans
-
-
 def encode(task: str, messages: Sequence[Message], tokenizer: Tokenizer) -> Example:
-    """Tokens of a conversation; the assistant's turns are supervised up to their end token."""
-    text, spans = supervised_spans(messages, tokenizer)
-    ids, starts = tokenizer.encode(text)
-    labels = [IGNORE] * len(ids)
-    for span in spans:
-        for i, (token, start) in enumerate(zip(ids, starts)):
-            if start in span:
-                labels[i] = token
-                if token in tokenizer.stop_ids:      # a line end after it is not generated
-                    break
-    return Example(task, ids, labels)
+    """Tokens of a conversation; the assistant's turns are supervised up to their end token. Raises
+    the ValueErrors of `Tokenizer.spans`."""
+    _, ids, _, spans = tokenizer.encode_chat(messages)
+    labels, asked = [IGNORE] * len(ids), list[int]()
+    for message, span in zip(messages, spans):
+        if message["role"] == "assistant":
+            labels[span.start:span.stop] = ids[span.start:span.stop]
+        elif message.get("weight") != 0:
+            asked += span
+    return Example(task, ids, labels, asked=asked)
 
 
 def encode_all(task: Task, tokenizer: Tokenizer, max_length: int, split: str = "train",
@@ -246,7 +215,9 @@ def encode_all(task: Task, tokenizer: Tokenizer, max_length: int, split: str = "
             whole = encode(task.name, messages, tokenizer)
         ids, labels = whole.ids[:max_length], whole.labels[:max_length]
         if any(label != IGNORE for label in labels[1:]):
-            examples.append(Example(task.name, ids, labels, index, len(whole.ids) > max_length))
+            asked = [i for i in whole.asked if i < max_length]
+            examples.append(Example(task.name, ids, labels, index, len(whole.ids) > max_length,
+                                    asked))
     return examples
 
 

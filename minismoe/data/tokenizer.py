@@ -5,31 +5,24 @@ template. Without a tokenizer.json, tokens are bytes; without a template, DEFAUL
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import groupby, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..io.files import inside, naming, read_json
 from ..io.hub import resolve
 from ..model.config import text_part
 from . import templates
+from .templates import DEFAULT_TEMPLATE, chat_template
 from .tools import SHOWN, Message, read_answer
 
-# Plain text that every tokenizer can encode; an assistant turn ends with the end-of-text token. The
-# space before an answer belongs to the answer: BPE has one token for " yes", which a prompt that
-# ends in a space would split at inference but not in training.
-DEFAULT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}\n"
-    "{% else %}{{ message.role.capitalize() }}: {{ message.content }}\n{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
-# Put before a template with this switch: data hold answers, not thoughts, and every program that
-# opens an export should ask as training did.
-NO_THINKING = "{%- set enable_thinking = enable_thinking | default(false) %}"
-MARK = "\ufdd0"                  # a code point that Unicode keeps free for a program's own use
+# Unicode keeps these for a program's own use. MARK says that the next character is text, whatever
+# it looks like; BORDER is where a user's text begins and ends.
+MARK, BORDER = "\ufdd0", "\ufdd1"
 
 
 class ByteTokenizer:
@@ -112,6 +105,20 @@ class FileTokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
 
+class Encoded(NamedTuple):
+    """A conversation as text and as tokens.
+
+    starts: the index in `text` of each token's first character. spans: a range of token positions
+    a message; of a user's message its text, of an assistant's that is trained on its whole turn
+    with the token that ends it, as `Tokenizer.spans` finds it; empty for others.
+    """
+
+    text: str
+    ids: list[int]
+    starts: list[int]
+    spans: list[range]
+
+
 class Tokenizer:
     """A tokenizer with its chat template and its special tokens.
 
@@ -150,18 +157,111 @@ class Tokenizer:
                                  "some: put one that does into the model's chat_template.jinja")
         return text
 
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False,
+                    ) -> Encoded:
+        """The tokens of a conversation: only the template writes special tokens, and what messages
+        say is text, also if it looks like one. Without a generation prompt, as for training, it has
+        spans, and raises the ValueErrors of `_turns`."""
+        marked = _mark(messages, self._special_text)
+        if add_generation_prompt:
+            text, spans = self.render(marked, True), list[range]()
+        else:
+            text, spans = self._turns(marked)
+        ids, starts = self._encode_marked(text)
+        for i, span in enumerate(spans):
+            first, last = (bisect_left(starts, len(_unmark(text[:n])))
+                           for n in (span.start, span.stop))
+            if messages[i]["role"] == "assistant":           # a line end after it is not generated
+                last = next((n + 1 for n in range(first, last) if ids[n] in self.stop_ids), last)
+            elif first < last and starts[first] > len(_unmark(text[:span.start])):
+                first -= 1                                   # the text begins amid it, as in " yes"
+            spans[i] = range(first, last)
+        return Encoded(_unmark(text), ids, starts, spans)
+
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The conversation up to where the assistant's next answer begins, for `ids`. Where its
-        messages hold the text of a special token, as <|im_end|>, marks say that it is text."""
+        """The conversation up to where the assistant's next answer begins, for `ids`."""
         return self.render(_mark(messages, self._special_text), True)
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text, which may come from `prompt`."""
+        """Token ids of a text that comes from `prompt`."""
+        return self._encode_marked(text)[0]
+
+    def _turns(self, messages: Sequence[Message]) -> tuple[str, list[range]]:
+        """The rendered messages, and the characters of each one's span; see Encoded.
+
+        An assistant's turn begins where the rendering of the messages before it, with the
+        generation prompt, ends, as at inference. A first message has no prompt, so it is no turn,
+        nor is one of weight 0. Raises ValueError if the template renders earlier turns differently
+        once more messages follow, if an answer does not begin where the generation prompt ends, or
+        if it holds a token that ends a turn.
+        """
+        prompts = {i: self.render(messages[:i], True) for i, m in enumerate(messages)
+                   if i and m["role"] == "assistant" and m.get("weight") != 0}
+        text, spans = self._framed(messages)
+        last = prompts.get(len(messages) - 1)
+        if last is None or not text.startswith(last):        # perhaps for the frames
+            text, spans = self.render(messages), [range(0)] * len(messages)
+        for i, before in prompts.items():
+            after = text if i + 1 == len(messages) else self.render(messages[:i + 1])
+            if not text.startswith(after):
+                raise ValueError(f"the chat template renders turn {i + 1} of {len(messages)} "
+                                 "differently when more follows: give a template whose output only "
+                                 "grows, or data with one answer a line")
+            if not after.startswith(before):
+                raise ValueError("the chat template does not begin an answer as its generation "
+                                 f"prompt, which ends in {before[-20:]!r}: give a template that "
+                                 "does")
+            self._check_turn(messages[i], before, after[len(before):])
+            spans[i] = range(len(before), len(after))
+        return text, spans
+
+    def _check_turn(self, message: Message, before: str, turn: str) -> None:
+        """Raise ValueError if a turn that follows `before` cannot be learned as it is written."""
+        answer = message.get("content", "").strip()
+        said = _unmark(answer)
+        if ends := [t for t, id in self.special.items() if id in self.stop_ids and t in said]:
+            raise ValueError(f"the answer holds {ends[0]}, which ends a turn: remove it")
+        opening = turn[:turn.find(answer)] if answer in turn else ""
+        if opens := [t for t in self.special if t in opening and t in before]:
+            raise ValueError(f"the chat template opens an answer by {opens[0]}, which its "
+                             "generation prompt leaves out: give a template that heeds "
+                             "add_generation_prompt")
+        if not all(c["function"]["name"] in turn for c in message.get("tool_calls", ())):
+            raise ValueError("the chat template leaves out tool_calls: give a template that writes "
+                             "them, or write the calls as the turn's content")
+
+    def _framed(self, messages: Sequence[Message]) -> tuple[str, list[range]]:
+        """The messages, rendered with borders around users' texts, which are then taken out: the
+        text, and the characters of each user's text. "" if the template refuses borders; no
+        characters if it repeats a text or leaves it out."""
+        spans, framed, users = [range(0)] * len(messages), [*messages], list[int]()
+        for i, message in enumerate(messages):
+            if message["role"] == "user" and (body := message["content"].strip()):
+                said = message["content"].replace(body, BORDER + body + BORDER, 1)
+                framed[i] = {**message, "content": said}
+                users.append(i)
+        text = ""
+        with suppress(templates.Refused):
+            text = self.render(framed)
+        places = [match.start() for match in re.finditer(f"(?s){MARK}.|{BORDER}", text)
+                  if match[0] == BORDER]
+        for k, i in enumerate(users if len(places) == 2 * len(users) else ()):
+            spans[i] = range(places[2 * k] - 2 * k, places[2 * k + 1] - 2 * k - 1)
+        return re.sub(f"(?s)({MARK}.)|{BORDER}", r"\1", text), spans
+
+    def _encode_marked(self, text: str) -> tuple[list[int], list[int]]:
+        """As `encode`, of a text whose marks are read and left out."""
+        if MARK not in text:
+            return self.encode(text)
+        ids, starts, at = list[int](), list[int](), 0
         # What is not marked is encoded as one: tokenizers may treat the start of a text apart.
-        pieces, ids = self._special_text.split(text) if MARK in text else [text], list[int]()
-        for is_marked, run in groupby(pieces, lambda piece: MARK in piece):
-            ids += self.encode("".join(run).replace(MARK, ""), special=not is_marked)[0]
-        return ids
+        for is_marked, run in groupby(self._special_text.split(text), lambda piece: MARK in piece):
+            piece = _unmark("".join(run))
+            new, places = self.encode(piece, special=not is_marked)
+            ids += new
+            starts += [at + place for place in places]
+            at += len(piece)
+        return ids, starts
 
     @cached_property
     def _special_text(self) -> re.Pattern[str]:
@@ -186,10 +286,11 @@ class Tokenizer:
         They are cut out of the whole text, as in training: Llama 2's tokenizer puts a space before
         a text.
         """
-        whole, start = self.render(messages), self.render(messages[:-1], True)
+        marked = _mark(messages, self._special_text)
+        whole, start = self.render(marked), self.render(marked[:-1], True)
         if not whole.startswith(start):
-            whole, start = messages[-1].get("content", ""), ""
-        new = (i for i, at in zip(*self.encode(whole)) if at >= len(start))
+            whole, start = marked[-1].get("content", ""), ""
+        new = (i for i, at in zip(*self._encode_marked(whole)) if at >= len(_unmark(start)))
         return list(takewhile(lambda i: i not in self.stop_ids, new))
 
     def _turn_end(self) -> list[int]:
@@ -234,33 +335,19 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return Tokenizer(backend, template, bos, eos, backend.special.get(pad), stops)
 
 
-def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The template of a checkpoint folder, or None; ValueError if it is not text. If chats with
-    tools have one of their own, both become one. Its switch for thinking is off unless set."""
-    file, template = inside(folder, "chat_template.jinja"), settings.get("chat_template")
-    if file.is_file():
-        with naming(f"{file} is not UTF-8 text", ValueError):
-            template = file.read_text(encoding="utf-8")
-    if isinstance(template, list):           # several with names: [{"name": ..., "template": ...}]
-        named = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}
-        template, other = named.get("default"), named.get("tool_use")
-        if isinstance(template, str) and isinstance(other, str):     # {{ '' }} keeps line ends
-            a, b = ("{{ '' }}" + text.removesuffix("\n") + "{{ '' }}" for text in (other, template))
-            template = f"{{% if tools %}}{a}{{% else %}}{b}{{% endif %}}"
-    if not isinstance(template, str | None):
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: its chat_template is not text")
-    if template and "enable_thinking" in template and not template.startswith(NO_THINKING):
-        template = NO_THINKING + template
-    return template
-
-
 def _mark(value: Any, special: re.Pattern[str]) -> Any:
-    """A value of JSON with MARK after each character of what `special` matches in its texts."""
+    """A value of JSON with MARK before each character of what `special` matches in its texts."""
     if isinstance(value, str):
-        return special.sub(lambda match: "".join(c + MARK for c in match[0]), value)
+        if MARK in value or BORDER in value:
+            value = re.sub(f"[{MARK}{BORDER}]", rf"{MARK}\g<0>", value)
+        return special.sub(lambda match: "".join(MARK + c for c in match[0]), value)
     if isinstance(value, Mapping):
-        return {key: _mark(item, special) for key, item in value.items()}
+        return {_mark(key, special): _mark(item, special) for key, item in value.items()}
     return [_mark(item, special) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _unmark(text: str) -> str:
+    return re.sub(f"(?s){MARK}(.)", r"\1", text) if MARK in text else text
 
 
 def _content(token: Any) -> str:

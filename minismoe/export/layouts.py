@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data.tokenizer import DEFAULT_TEMPLATE, ByteTokenizer, chat_template, load_tokenizer
+from ..data.templates import DEFAULT_TEMPLATE, chat_template
+from ..data.tokenizer import ByteTokenizer, load_tokenizer
 from ..io.files import inside, last_part, read_json, replacing, write_json
 from ..method.freeze import Fit, merged
 from ..method.vocabulary import BYTES

@@ -198,7 +198,7 @@ def questions(tokenizer: Tokenizer, task: Task, context: int, split: str = "test
     for number, messages in enumerate(getattr(task, split), 1):
         with naming(f"task {task.name}, {WORDS[split]} example {number}, "
                     f"{messages[0]['content'][:40]!r}", ValueError):
-            prompt = tokenizer.encode(tokenizer.render(messages[:-1], True))[0]
+            prompt = tokenizer.encode_chat(messages[:-1], True).ids
             if len(prompt) < context:
                 asked.lines.append(messages)
                 asked.prompts.append(prompt)

@@ -26,7 +26,6 @@ from minismoe.data.tasks import (
     load_tasks,
     probe_batches,
     shared_instruction,
-    supervised_spans,
 )
 from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Message, Tokenizer
 from minismoe.method.loss import IGNORE
@@ -81,7 +80,7 @@ def chatml(bpe: Path) -> Tokenizer:
 @pytest.mark.parametrize("line", [
     {"messages": PAIR_MESSAGES},
     {"messages": [m | {"id": "x", "weight": 1, "tool_calls": None} for m in PAIR_MESSAGES]},
-    {"messages": [PAIR_MESSAGES[0] | {"weight": 0}, PAIR_MESSAGES[1]], "tools": "[]"},
+    {"messages": PAIR_MESSAGES, "tools": "[]"},
     {"messages": [say("user", [{"type": "text", "text": "the "}, {"text": "cat?"}]),
                   PAIR_MESSAGES[1]]},
     {"conversations": [{"from": "human", "value": "the cat?"}, {"from": "gpt", "value": "yes"}]},
@@ -462,18 +461,26 @@ def test_a_small_task_keeps_something_to_train_on(tmp_path: Path, count: int, te
 # Supervision
 
 def test_supervised_are_the_assistants_turns(chatml: Tokenizer) -> None:
-    """Against tokens counted by hand: each piece of the conversation is encoded by itself."""
+    """Against tokens counted by hand: each piece of the conversation is encoded by itself, and what
+    a user writes is text, also if it looks like a special token."""
     ids: list[int] = []
     labels: list[int] = []
+    asked: list[int] = []
     for message in MULTI:
-        asked = message["role"] == "assistant"
-        for text, supervised in ((f"<|im_start|>{message['role']}\n", False),
-                                 (message["content"] + "<|im_end|>", asked), ("\n", False)):
-            piece = chatml.encode(text)[0]
+        role, said = message["role"], chatml.encode(message["content"], special=False)[0]
+        for piece, supervised in ((chatml.encode(f"<|im_start|>{role}\n")[0], False),
+                                  (said, role == "assistant"),
+                                  (chatml.encode("<|im_end|>")[0], role == "assistant"),
+                                  (chatml.encode("\n")[0], False)):
+            asked += range(len(ids), len(ids) + len(piece)) if (
+                piece is said and role == "user") else ()
             ids += piece
             labels += piece if supervised else [IGNORE] * len(piece)
     example = encode("t", MULTI, chatml)
     assert (example.task, example.ids, example.labels) == ("t", ids, labels)
+    assert example.asked == asked
+    unlearned = [m | {"weight": 0} if m["role"] == "user" else m for m in MULTI]
+    assert (encode("t", unlearned, chatml).ids, encode("t", unlearned, chatml).asked) == (ids, [])
     end = chatml.backend.special["<|im_end|>"]
     assert example.labels.count(end) == 3
     taught = [t for t in example.labels if t != IGNORE]
@@ -527,18 +534,25 @@ def test_an_answer_that_holds_an_end_token_is_refused(chatml: Tokenizer) -> None
         encode("t", messages, chatml)
 
 
+def supervised_texts(messages: list[Message], tokenizer: Tokenizer) -> list[str]:
+    """The text of each assistant's span."""
+    text, _, starts, spans = tokenizer.encode_chat(messages)
+    ends = [*starts, len(text)]
+    return [text[ends[span.start]:ends[span.stop]] for m, span in zip(messages, spans)
+            if m["role"] == "assistant" and span]
+
+
 def test_a_greeting_before_any_question_is_not_supervised(bpe: Path) -> None:
     """Nothing asks for it, and a template may not render a conversation without a message."""
     wants = "{% if messages[0].role == 'x' %}{% endif %}" + CHATML
     tokenizer = Tokenizer(FileTokenizer(bpe), wants, "", "<|im_end|>")
-    text, spans = supervised_spans([say("assistant", "user"), *PAIR_MESSAGES], tokenizer)
-    assert [text[s.start:s.stop] for s in spans] == ["yes<|im_end|>\n"]
+    assert supervised_texts([say("assistant", "user"), *PAIR_MESSAGES], tokenizer) == [
+        "yes<|im_end|>"]
 
 
 def test_a_blank_answer_amid_a_conversation_is_its_end_token(chatml: Tokenizer) -> None:
     blank = [PAIR_MESSAGES[0], say("assistant", " "), *PAIR_MESSAGES]
-    text, spans = supervised_spans(blank, chatml)
-    assert [text[s.start:s.stop] for s in spans] == [" <|im_end|>\n", "yes<|im_end|>\n"]
+    assert supervised_texts(blank, chatml) == [" <|im_end|>", "yes<|im_end|>"]
 
 
 def test_a_template_whose_prompt_is_not_the_answers_beginning_is_refused(bpe: Path) -> None:

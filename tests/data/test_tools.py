@@ -28,7 +28,6 @@ from minismoe.data.tasks import (
     encode,
     encode_all,
     load_tasks,
-    supervised_spans,
 )
 from minismoe.data.tokenizer import Tokenizer, load_tokenizer
 from minismoe.data.tools import before_call
@@ -261,8 +260,8 @@ def test_a_template_that_leaves_out_calls_is_refused(both: Both) -> None:
     """As those of Granite 3.3 and LFM2, which list tools."""
     _, ours = both("{{ tools | tojson }}" + CHATML)
     with pytest.raises(ValueError, match="the chat template leaves out tool_calls"):
-        supervised_spans(to_messages(CHATS["call"]), ours)
-    supervised_spans(to_messages(CHATS["answer"]), ours)
+        ours.encode_chat(to_messages(CHATS["call"]))
+    ours.encode_chat(to_messages(CHATS["answer"]))
 
 
 def test_a_template_that_refuses_other_roles_still_shows_its_call(both: Both) -> None:
