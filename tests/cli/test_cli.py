@@ -320,15 +320,22 @@ def test_a_damaged_before_json_is_one_clear_line(run, succeed, fails) -> None:
     assert (run / "before.json").read_text() == before
 
 
-def test_what_was_too_large_goes_on_in_less_memory(run, capsys) -> None:
+def test_a_run_goes_on_in_less_memory_and_on_another_machine(run, capsys, request) -> None:
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     shutil.rmtree(run / "checkpoints")
-    smaller = "--micro-batch-size", "4", "--recompute"
+    config = read_json(run / "config.json")
+    config["arguments"]["device"] = "cuda"
+    write_json(run / "config.json", config | {"threads": 7})
+    smaller = "--micro-batch-size", "4", "--recompute", "--device", "cpu"
     for flags in (smaller, ()):                          # the second time they are the run's own
-        code, _, err = finish(train.main, "--resume", "--out", run, *flags, capsys=capsys)
-        assert code == 0, err
-        assert ("the last bits may differ: micro_batch_size 4 (was 8)\n" in err) == bool(flags)
+        code, out, err = finish(train.main, "--resume", "--out", run, *flags, capsys=capsys)
+        assert code == 0 and torch.get_num_threads() == 7, err
+        assert ("threads: 7 as before, and not 1: " in out) == bool(flags)
+        assert ("the last bits may differ: device cpu (was cuda), micro_batch_size 4 (was 8)\n"
+                in err) == bool(flags)
         saved = read_json(run / "config.json")["arguments"]
-        assert (saved["micro_batch_size"], saved["recompute"]) == (4, True)
+        assert [saved[name] for name in ("device", "micro_batch_size", "recompute")] == [
+            "cpu", 4, True]
         (run / "results.json").unlink()
 
 
@@ -350,17 +357,6 @@ def test_a_place_that_cannot_be_written_is_seen_before_the_probe(inputs, tmp_pat
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     fails(train.main, *inputs, "--out", "new/run",
           says=f"new/run cannot be written: {tmp_path} is no folder")
-
-
-def test_another_device_is_said(run, capsys, request) -> None:
-    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
-    config = read_json(run / "config.json")
-    arguments = config["arguments"] | {"device": "cuda"}
-    write_json(run / "config.json", config | {"threads": 7, "arguments": arguments})
-    code, out, err = finish(train.main, "--resume", "--out", run, "--device", "cpu", capsys=capsys)
-    assert code == 0 and torch.get_num_threads() == 7 and "threads: 7 as before" in out
-    assert "the last bits may differ: device cpu (was cuda)" in err
-    assert read_json(run / "config.json")["arguments"]["device"] == "cpu"
 
 
 def test_a_model_in_this_folder_names_the_run(inputs, tmp_path, succeed, monkeypatch) -> None:

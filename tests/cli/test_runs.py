@@ -102,12 +102,6 @@ def test_the_context_bounds_the_length_limit(inputs, tmp_path) -> None:
     assert max(len(e.ids) for lines in loaded.encoded.values() for e in lines) == 27
 
 
-def test_the_seed_draws_the_lines_that_are_held_out(inputs) -> None:
-    drawn = [[task.test for task in cli.read_tasks(InputConfig(
-        model=inputs[1], data=inputs[3], seed=seed))] for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2]
-
-
 def test_a_run_whose_links_lead_out_of_it_is_refused(run, tmp_path) -> None:
     """A run may come from others: an export would read or replace what the link names."""
     (run / "adapter").rename(tmp_path / "elsewhere")
