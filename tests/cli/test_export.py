@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +37,6 @@ from minismoe.export.calibration import shuffled_samples
 from minismoe.export.nodes import Graph
 from minismoe.export.settings import ExportConfig
 from minismoe.export.ship import Part, sharing_copy
-from minismoe.export.write import export_model
 from minismoe.io import progress
 from minismoe.io.files import read_json, write_json
 from minismoe.method.allocation import Allocation
@@ -131,6 +130,8 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str,
     assert ("tasks.json" in files) == bool([*out.rglob("model*.onnx")])
     if "hf" in args:                     # no path of this machine goes out
         assert read_json(out / "config.json")["minismoe_merged"] == "model"
+    if "peft" in args:
+        assert read_json(out / "adapter_config.json")["base_model_name_or_path"] == "model"
     assert info["checked"] and not list(tmp_path.glob(".*.tmp"))
     if "--layout" in args:
         opened = {"genai": "genai_config.json", "web": "onnx/model_q4.onnx",
@@ -250,38 +251,6 @@ def test_auto_takes_those_providers_that_say_what_the_cpu_says() -> None:
     assert write.same_texts(["cuda", "mlx", "webgpu"], checked) == ["webgpu"]
 
 
-def cut_one_too_many(cache: SharedCache, n: int) -> bool:
-    """As `SharedCache.cut`, but for a token."""
-    del cache.tokens[max(0, n - 1):]
-    return True
-
-
-def with_config(model: CausalLM, **changes: Any) -> CausalLM:
-    """A copy with another configuration."""
-    other = sharing_copy(model)
-    other.config = replace(model.config, **changes)
-    return other
-
-
-@pytest.mark.parametrize("broken", ["window", "reuse"])
-def test_what_only_a_long_prompt_shows_is_refused(tmp_path: Path, broken: str, monkeypatch,
-                                                  ) -> None:
-    """A window that is a few tokens too long, and a cache that loses a token where it is cut."""
-    save_bytes_model(tmp_path / "model", model_type="mistral", sliding_window=96, head_dim=16,
-                     max_position_embeddings=256)
-    flags = "--model", tmp_path / "model", "--precision fp32"
-    ship(tmp_path / "whole", *flags)
-    if broken == "window":
-        write = layouts.write_decoder
-        wrong = {"windows": (112,) * 2}
-        monkeypatch.setattr(layouts, "write_decoder", lambda file, model, form: write(
-            file, with_config(model, **wrong), form))
-    else:
-        monkeypatch.setattr(SharedCache, "cut", cut_one_too_many)
-    with pytest.raises(ValueError, match="not what PyTorch computes"):
-        ship(tmp_path / "out", *flags)
-
-
 def test_a_folder_knows_answers_and_instructions(run: Path, tmp_path: Path) -> None:
     """Those of all training lines, however few of them the run used."""
     data = Path(shutil.copytree(run.parent / "data", tmp_path / "data"))
@@ -347,24 +316,6 @@ def test_a_place_that_cannot_be_written_is_seen_before_the_work(
         with pytest.raises(PermissionError, match=f"{place} cannot be written: {tmp_path} is no"):
             ship(place, run, flags)
     assert (tmp_path / "file").read_text() == "mine" and len([*tmp_path.iterdir()]) == 2
-
-
-def test_transformers_opens_a_peft_folder(run: Path, tmp_path: Path,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    """By itself where its base lies, which it names without a path of this machine."""
-    pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    monkeypatch.chdir(run.parent)                        # it was trained with a relative path
-    ship(tmp_path / "out", copied(run, tmp_path / "run", model="model"), "--layout peft")
-    settings = read_json(tmp_path / "out" / "adapter_config.json")
-    assert settings["base_model_name_or_path"] == "model"
-    load_adapter(model := load_model(run.parent / "model"), run / "adapter")
-    merge(model, frozen_of(run, tmp_path / "again"))
-    ids = torch.tensor([PROMPT])
-    with torch.no_grad():
-        found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
-        torch.testing.assert_close(found, model(ids), rtol=0, atol=1e-4)
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("say").input_ids
 
 
 def test_the_command_for_genai_takes_an_adapter(run: Path, tmp_path: Path, capsys) -> None:
@@ -659,66 +610,126 @@ def test_a_browser_gets_one_graph_for_wasm_and_one_for_webgpu(
     assert read_info(tmp_path / "web", verify=True)["cache_type"] == "float16"   # of q4f16
 
 
-@pytest.mark.parametrize("flags", [
-    "--precision fp32", "--precision int4", "--precision fp16",
-    "--precision fp16 --routing dynamic", "--target npu"])
-def test_what_differs_from_pytorch_is_not_kept(run: Path, tmp_path: Path, flags: str,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounding explains little."""
-    config = parse([str(run), *flags.split()], "")
-    source, write_graph = export.load_run(config), layouts.write_graph
-    export_model(config, source, tmp_path / "whole")
+# --- Broken exports ------------------------------------------------------------------------------
 
-    def wrong_graph(part: Part, folder: Path) -> dict[str, Any]:
-        part.shipped.model.norm.weight.data *= 1.5
-        info = write_graph(part, folder)
-        part.shipped.model.norm.weight.data /= 1.5
-        return info
-
-    monkeypatch.setattr(layouts, "write_graph", wrong_graph)
-    with pytest.raises(ValueError, match="not what PyTorch computes"):
-        export_model(config, source, tmp_path / "out")
-    assert not [*tmp_path.glob("*out*")]
+def in_graph(change: Callable[[CausalLM], Any]) -> Callable[[pytest.MonkeyPatch], None]:
+    """A decoder that is written from a changed copy of the model that ships."""
+    def broken(patch: pytest.MonkeyPatch) -> None:
+        for write in layouts.write_decoder, layouts.write_npu:
+            patch.setattr(layouts, write.__name__, lambda file, model, *rest, write=write: write(
+                file, change(sharing_copy(model)), *rest))
+    return broken
 
 
-def test_a_browsers_graph_is_compared_as_it_ships(run: Path, tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    def break_logits(graph: Graph, stops: list[int]) -> None:
-        assert graph.nodes[-1].output[:] == ["logits"]
-        graph.nodes[-1].output[0] = "right"
-        graph.node("Mul", "wrong", "right", graph.constant(1.5, torch.float32), named=["logits"])
-
-    monkeypatch.setattr(graphs, "put_in_steps", break_logits)
-    with pytest.raises(ValueError, match="not what PyTorch computes with the weights that it"):
-        ship(tmp_path / "out", run, "--layout web --precision q8")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("flags", ["", "--precision int8 --target portable", "--adapters",
-                                   "--layout web --precision q4f16", "--precision fp32"])
-def test_damage_after_the_exact_check_is_seen_in_the_session_that_ships(
-        run: Path, tmp_path: Path, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_exact = check.check_exact
+def after_exact_check(patch: pytest.MonkeyPatch) -> None:
+    """Half of the weights become zeros, which only the session that ships can show."""
+    exact = check.check_exact
 
     def damaging(part: Part, folder: Path, *rest: Any) -> Any:
-        figures = check_exact(part, folder, *rest)
+        figures = exact(part, folder, *rest)
         (file,) = folder.rglob("*.onnx*data")
         content = bytearray(file.read_bytes())
         content[len(content) // 2:] = bytes(len(content[len(content) // 2:]))
         file.write_bytes(content)
         return figures
-
-    monkeypatch.setattr(check, "check_exact", damaging)
-    with pytest.raises(ValueError, match="not what PyTorch computes: its logits are off by"):
-        ship(tmp_path / "out", run, flags)
-    assert not [*tmp_path.iterdir()]
+    patch.setattr(check, "check_exact", damaging)
 
 
-def test_a_session_that_multiplies_floats_has_no_room_for_rounded_activations() -> None:
-    """q8 stores 8 bits, of which a session makes floats as it loads."""
-    explained = {name: check.tolerance(ExportConfig(precision=name)) for name in (
-        "fp32", "q8", "int8", "q4f16")}
-    assert explained["q8"] == explained["fp32"] < 1e-3 < explained["int8"] == explained["q4f16"]
+def in_weights(change: Callable[[Path], Any] | None) -> Callable[[pytest.MonkeyPatch], None]:
+    """A folder of layout hf or peft that is changed; None: without the fit of one module."""
+    def broken(patch: pytest.MonkeyPatch) -> None:
+        write = layouts.write_weights
+
+        def changed(layout: str, base: Path, name: str, fits: dict[str, Fit], folder: Path) -> None:
+            write(layout, base, name, fits if change else dict([*fits.items()][1:]), folder)
+            if change:
+                change(folder)
+        patch.setattr(layouts, "write_weights", changed)
+    return broken
+
+
+def other_norm(model: CausalLM) -> CausalLM:
+    model.model.norm.weight = torch.nn.Parameter(1.5 * model.model.norm.weight)
+    return model
+
+
+def without_experts_of_q(model: CausalLM) -> CausalLM:
+    for name, layer in expert_layers(model).items():
+        if "q_proj" in name:
+            model.set_submodule(name, BlockLinear(layer.weight, layer.bias))
+    return model
+
+
+def wider_windows(model: CausalLM) -> CausalLM:
+    model.config = replace(model.config, windows=(112, 112))
+    return model
+
+
+def wrong_steps(patch: pytest.MonkeyPatch) -> None:
+    def break_logits(graph: Graph, stops: list[int]) -> None:
+        assert graph.nodes[-1].output[:] == ["logits"]
+        graph.nodes[-1].output[0] = "right"
+        graph.node("Mul", "wrong", "right", graph.constant(1.5, torch.float32), named=["logits"])
+    patch.setattr(graphs, "put_in_steps", break_logits)
+
+
+def cut_one_too_many(patch: pytest.MonkeyPatch) -> None:
+    def cut(cache: SharedCache, n: int) -> bool:
+        del cache.tokens[max(0, n - 1):]
+        return True
+    patch.setattr(SharedCache, "cut", cut)
+
+
+def another_bit(folder: Path) -> None:
+    edit_tensors(next(folder.glob("*.safetensors")), lambda tensors: next(
+        t for name, t in tensors.items() if "layers.1.mlp.up_proj" in name).view(
+            torch.uint8)[0, 0].bitwise_xor_(1))
+
+
+def without_a_target(folder: Path) -> None:
+    settings = read_json(folder / "adapter_config.json")
+    write_json(folder / "adapter_config.json", settings | {
+        "target_modules": settings["target_modules"][1:]})
+
+
+STORED, OFF = "with the weights that it stores", "PyTorch computes: its logits are off by"
+BROKEN: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [
+    *((in_graph(other_norm), flags, STORED) for flags in (
+        "--precision fp32", "--precision int4", "--precision fp16", "--target portable --adapters",
+        "--precision fp16 --routing dynamic", "--target npu")),
+    *((in_graph(without_experts_of_q), f"--precision {precision} {flags}",
+       f"{STORED}: .* explains 0.0001") for precision in ("int4", "int8") for flags in (
+           "--routing dynamic", "--routing freeze --target portable")),
+    (wrong_steps, "--layout web --precision q8", STORED),
+    *((after_exact_check, flags, OFF) for flags in (
+        "", "--precision int8 --target portable", "--adapters", "--precision fp32",
+        "--layout web --precision q4f16")),
+    (in_graph(wider_windows), "MISTRAL --precision fp32", STORED),
+    (cut_one_too_many, "MISTRAL --precision fp32", "not what PyTorch computes"),
+    *((in_weights(another_bit), f"{bits} --layout {layout}", "1 tensors are not the merged ones")
+      for layout in ("hf", "peft") for bits in ("", "BFLOAT16")),
+    (in_weights(None), "--layout hf", "1 tensors are not the merged ones, to the bit"),
+    (in_weights(None), "--layout peft", "2 tensors are not the merged ones, to the bit"),
+    (in_weights(without_a_target), "--layout peft", "2 tensors are not the merged ones")]
+
+
+@pytest.mark.parametrize("damage, flags, says", BROKEN)
+def test_what_differs_from_pytorch_is_not_kept(
+        run: Path, tmp_path: Path, damage: Callable[[pytest.MonkeyPatch], None], flags: str,
+        says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it is kept if nothing differs: `test_every_way_out`."""
+    if "MISTRAL" in flags:                   # only a long prompt shows what is wrong
+        save_bytes_model(tmp_path / "model", model_type="mistral", sliding_window=96, head_dim=16,
+                         max_position_embeddings=256)
+        flags = flags.replace("MISTRAL", f"--model {tmp_path / 'model'}")
+    elif "BFLOAT16" in flags:
+        flags = flags.replace("BFLOAT16", str(in_bfloat16(run, tmp_path / "16")))
+    else:
+        flags = f"{run} {flags}"
+    damage(monkeypatch)
+    with pytest.raises(ValueError, match=says):
+        ship(tmp_path / "out", flags)
+    assert not [*tmp_path.glob("*out*")]
 
 
 @pytest.mark.parametrize("flags", ["", "--precision int4 --block 128", "--adapters",
@@ -731,80 +742,15 @@ def test_a_session_may_differ_as_far_as_rounded_activations_explain(
     assert all(seen["graph_error"] < 1e-5 < seen["shipped_error"]
                for seen in info["checked"].values())
     monkeypatch.setattr(check, "EXPLAINED", 0.01)
-    with pytest.raises(ValueError, match="not what PyTorch computes: its logits are off by"):
+    with pytest.raises(ValueError, match=OFF):
         ship(tmp_path / "again", run, flags)
 
 
-@pytest.mark.parametrize("flags", ["--routing dynamic", "--routing freeze --target portable"])
-@pytest.mark.parametrize("precision", ["int4", "int8"])
-def test_experts_left_out_are_seen_in_few_bits(run: Path, tmp_path: Path, precision: str,
-                                               flags: str, monkeypatch) -> None:
-    """PyTorch's weights are rounded, too, so that rounding does not explain it."""
-    write = layouts.write_decoder
-
-    def broken(file, model, form) -> None:
-        other = sharing_copy(model)
-        for name, layer in expert_layers(model).items():
-            if "q_proj" in name:
-                other.set_submodule(name, BlockLinear(layer.weight, layer.bias))
-        write(file, other, form)
-
-    args = run, "--precision", precision, flags
-    monkeypatch.setattr(layouts, "write_decoder", broken)
-    with pytest.raises(ValueError, match="the weights that it stores: .* explains 0.0001"):
-        ship(tmp_path / "out", *args)
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(layouts, "write_decoder", write)
-    checked = ship(tmp_path / "whole", *args)["checked"][""]
-    assert checked["graph_error"] < 1e-5 < checked["logits_error"]
-
-
-@pytest.mark.parametrize(("precision", "rounds"), [("q4f16", False), ("q8", True)])
-def test_experts_are_compared_as_the_graph_stores_them(run: Path, tmp_path: Path, precision: str,
-                                                       rounds: bool, monkeypatch) -> None:
-    """Beside a base in 4 bits with activations in float16, lora_A stays in float32."""
-    exact, seen = check.check_exact, list[bool]()
-    stored = load_file(run / "adapter" / "adapter.safetensors")
-
-    def compare_and_see(part: Part, *args: Any) -> Any:
-        seen.extend(not torch.equal(layer.lora_A, stored[f"{name}.lora_A"])
-                    for name, layer in expert_layers(part.shipped).items())
-        return exact(part, *args)
-
-    monkeypatch.setattr(check, "check_exact", compare_and_see)
-    ship(tmp_path / "out", run, "--layout web --routing dynamic --precision", precision)
-    assert seen and set(seen) == {rounds}
-
-
-@pytest.mark.parametrize("bits", [32, 16])
-@pytest.mark.parametrize("layout", ["hf", "peft"])
-def test_weights_of_a_folder_are_the_merged_ones_to_the_bit(run: Path, tmp_path: Path, layout: str,
-                                                            bits: int, monkeypatch) -> None:
-    """A module that was left out changes logits by a few per cent; the last bit, by nothing."""
-    run, write = in_bfloat16(run, tmp_path) if bits == 16 else run, layouts.write_weights
-
-    def but_one(layout: str, base: Path, name: str, fits: dict[str, Fit], folder: Path) -> None:
-        write(layout, base, name, dict([*fits.items()][1:]), folder)
-
-    def but_a_bit(*args: Any) -> None:
-        write(*args)
-        edit_tensors(next(args[-1].glob("*.safetensors")), lambda tensors: next(
-            t for name, t in tensors.items() if "layers.1.mlp.up_proj" in name).view(
-                torch.uint8)[0, 0].bitwise_xor_(1))
-
-    def but_a_target(*args: Any) -> None:
-        write(*args)
-        settings = read_json(args[-1] / "adapter_config.json")
-        write_json(args[-1] / "adapter_config.json", settings | {
-            "target_modules": settings["target_modules"][1:]})
-
-    ship(tmp_path / "whole", run, "--layout", layout)
-    for broken, count in (but_one, {"hf": 1, "peft": 2}[layout]), (but_a_bit, 1), *(
-            [(but_a_target, 2)] if layout == "peft" else []):
-        monkeypatch.setattr(layouts, "write_weights", broken)
-        with pytest.raises(ValueError, match=f"{count} tensors are not the merged ones, to the b"):
-            ship(tmp_path / "out", run, "--layout", layout)
-        assert not (tmp_path / "out").exists()
+def test_a_session_that_multiplies_floats_has_no_room_for_rounded_activations() -> None:
+    """q8 stores 8 bits, of which a session makes floats as it loads."""
+    explained = {name: check.tolerance(ExportConfig(precision=name)) for name in (
+        "fp32", "q8", "int8", "q4f16")}
+    assert explained["q8"] == explained["fp32"] < 1e-3 < explained["int8"] == explained["q4f16"]
 
 
 @pytest.mark.parametrize("tolerance", [check.FLOAT32, math.inf])
@@ -844,15 +790,6 @@ def test_errors_come_before_the_work(run: Path, flags: str, reason: str, tmp_pat
     monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)  # as if it were not installed
     with pytest.raises((ValueError, OSError, ImportError), match=reason):
         export.main([str(run), *flags.split()])
-
-
-def test_a_base_in_this_folder_keeps_its_name(run: Path, tmp_path: Path,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(run.parent / "model", tmp_path / "model")
-    monkeypatch.chdir(tmp_path / "model")
-    export.main(["--model", "."])
-    assert [p.name for p in (tmp_path / "model/runs/model/export").iterdir()] == [
-        "merge-onnx-int4-8"]
 
 
 @pytest.mark.parametrize("name", ["model", "data"])
