@@ -615,9 +615,9 @@ def test_a_browser_gets_one_graph_for_wasm_and_one_for_webgpu(
 def in_graph(change: Callable[[CausalLM], Any]) -> Callable[[pytest.MonkeyPatch], None]:
     """A decoder that is written from a changed copy of the model that ships."""
     def broken(patch: pytest.MonkeyPatch) -> None:
-        for write in layouts.write_decoder, layouts.write_npu:
-            patch.setattr(layouts, write.__name__, lambda file, model, *rest, write=write: write(
-                file, change(sharing_copy(model)), *rest))
+        for writer in layouts.write_decoder, layouts.write_npu:
+            patch.setattr(layouts, writer.__name__, lambda file, model, *rest, writer=writer: (
+                writer(file, change(sharing_copy(model)), *rest)))
     return broken
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from bpes import byte_level
+from exported import log_probabilities
 from tiny import random_hf, save_bytes_model, write_lines
 
 import export
@@ -23,25 +25,30 @@ from minismoe.method.experts import expert_layers
 from minismoe.method.vocabulary import BPE, tokens_to_keep
 from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.runtime import Generator
+from minismoe.runtime import serve as server
+from minismoe.runtime.api import Api
+from minismoe.runtime.grammar import json_grammar
 
 TEXTS = ["the cat sat on the mat", "a man ran again"]
 Make = Callable[..., Path]
 
 
+def save_base(folder: Path, family: str, rows: int = 340, **settings: Any) -> Path:
+    """A random model of 334 tokens, and some rows more."""
+    random_hf(family, vocab_size=rows, bos_token_id=0, eos_token_id=1, head_dim=16,
+              max_position_embeddings=512).save_pretrained(folder)
+    byte_level().save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {
+        "eos_token": "</s>", "bos_token": "<s>", "added_tokens_decoder": {
+            "1": {"content": "</s>"}, "2": {"content": "<unused0>"}}} | settings)
+    write_json(folder / "generation_config.json", {
+        "eos_token_id": [1, 7], "suppress_tokens": [333, 1]})
+    return folder
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Writes a random model of 334 tokens, and some rows more."""
-    def written(family: str, name: str = "base", rows: int = 340) -> Path:
-        model = random_hf(family, vocab_size=rows, bos_token_id=0, eos_token_id=1, head_dim=16)
-        model.save_pretrained(tmp_path / name)
-        byte_level().save(str(tmp_path / name / "tokenizer.json"))
-        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({
-            "eos_token": "</s>", "bos_token": "<s>", "added_tokens_decoder": {
-                "1": {"content": "</s>"}, "2": {"content": "<unused0>"}}}))
-        generation = {"eos_token_id": [1, 7], "suppress_tokens": [333, 1]}
-        (tmp_path / name / "generation_config.json").write_text(json.dumps(generation))
-        return tmp_path / name
-    return written
+    return partial(save_base, tmp_path / "base")
 
 
 def some_tokens(base: Path) -> list[int]:
@@ -229,3 +236,71 @@ def test_a_model_of_bytes_has_no_token_to_leave_out(data: list[str], tmp_path: P
     fails(export.main, "--model", tmp_path / "bytes", "--vocab", 200, "--prompts",
           tmp_path / "data" / "train.jsonl", "--out", tmp_path / "out",
           says="--vocab: the model reads bytes")
+
+
+# --- What the runtime and the server do with such a base ------------------------------------------
+
+CHOICES = ["cat", "the cat", "hats", "größer", "π"]
+TEMPLATE = (
+    "{{ tools | tojson if tools }}{% for m in messages %}<s>{{ m.role }}>{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+    "{{ '</s>' if m.role == 'assistant' }}{% endfor %}"
+    "{{ '<s>assistant>' if add_generation_prompt }}")
+LAMP = {"type": "function", "function": {"name": "lamp", "parameters": {
+    "type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"],
+    "additionalProperties": False}}}
+ASK = [{"role": "user", "content": "the cat sat"}]
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
+    """An export of a base whose tokenizer lost all words but three; it knows calls."""
+    folder = tmp_path_factory.mktemp("trimmed")
+    base = save_base(folder / "whole", "llama", chat_template=TEMPLATE)
+    needed = {*load_tokenizer(base).encode("the cat sat")[0]}
+    kept = tokens_to_keep(BPE(read_json(base / "tokenizer.json")), needed, (), 334)
+    assert len(kept) < 300
+    write_trimmed(base, folder / "base", kept)
+    export.main(["--model", str(folder / "base"), "--precision", "fp32", "--out",
+                 str(folder / "onnx")])
+    return Generator(folder / "onnx", threads=1)
+
+
+@torch.no_grad()
+def test_answers_of_a_set_have_the_probabilities_of_brute_force(generator: Generator) -> None:
+    base = generator.folder.with_name("base")
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    prompt = tokenizer.render(ASK, True)
+    ids = tokenizer.encode(prompt)[0]
+    end = tokenizer.encode("</s>")[0]
+    wanted = log_probabilities(
+        {text: [*tokenizer.encode(text)[0], *end] for text in CHOICES},
+        lambda start: model(torch.tensor([[*ids, *start]]))[0, -1])
+    found = {answer.text: answer.logprob for answer in generator.choose(prompt, CHOICES, 9)}
+    assert found == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize("hot", [0.0, 2.0])
+def test_schemas_and_calls_hold_their_answers(generator: Generator, hot: float) -> None:
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"größe": {"enum": ["klein", "猫"]}},
+              "required": ["größe"]}
+    options: dict[str, Any] = {"temperature": hot, "seed": 1, "max_tokens": 99}
+    tokens = [*generator.generate("the cat", grammar=json_grammar(schema), **options)]
+    assert json.loads(generator.tokenizer.decode(tokens)) in (
+        {"größe": "klein"}, {"größe": "猫"})
+    grammar = generator.call_grammar([LAMP], must=True, most=1)
+    (call,) = generator.reply(ASK, [LAMP], grammar=grammar, **options)["tool_calls"]
+    assert call["function"]["name"] == "lamp"
+    assert isinstance(call["function"]["arguments"]["on"], bool)
+
+
+def test_the_server_answers_with_it(generator: Generator) -> None:
+    client = pytest.importorskip("starlette.testclient")
+    said = "".join(generator.text(generator.generate(
+        generator.tokenizer.render(ASK, True), 9), strip=True))
+    app = server.make_server(Api(generator.folder, lambda: generator, None)).config.app
+    with client.TestClient(app, base_url="http://127.0.0.1") as there:       # starts the worker
+        got = there.post("/v1/chat/completions", json={
+            "model": "x", "messages": ASK, "max_tokens": 9}).json()
+    assert got["choices"][0]["message"]["content"] == said.strip()
