@@ -5,7 +5,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import TypeVar
@@ -232,15 +232,11 @@ def print_examples(config: InputConfig, count: int) -> None:
     for task in tasks:
         for number, messages in enumerate(task.train[:count], 1):
             example = encode(task.name, messages, tokenizer)
-            supervised = sum(label != IGNORE for label in example.labels)
-            print(f"--- {clean(task.name)} {number}: {len(example.ids)} tokens, {supervised} "
-                  "supervised")
+            print(f"--- {clean(task.name)} {number}: {len(example.ids)} tokens, "
+                  f"{example.supervised} supervised")
             encoded = tokenizer.encode_chat(messages)
-            text, starts = encoded.text, [*encoded.starts, len(encoded.text)]
-            marked = ""
-            for is_answer, tokens in groupby(zip(example.labels, starts, starts[1:]),
-                                             lambda token: token[0] != IGNORE):
-                spans = list(tokens)
-                piece = clean(text[spans[0][1]:spans[-1][2]], "\n")
-                marked += f"{mark}{piece}{end}" if is_answer else piece
-            print(marked)
+            texts = (encoded.text[i:j] for i, j in pairwise([*encoded.starts, len(encoded.text)]))
+            for is_answer, tokens in groupby(zip(example.labels, texts), lambda t: t[0] != IGNORE):
+                piece = clean("".join(text for _, text in tokens), "\n")
+                print(f"{mark}{piece}{end}" if is_answer else piece, end="")
+            print()

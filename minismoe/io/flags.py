@@ -80,7 +80,7 @@ def wrong_value(f: Field[Any], value: Any) -> str:
     if type(value) is not kind and (type(value), kind) != (int, float):
         return f"{value!r} is no {kind.__name__}"
     if isinstance(check, Checked) and not check.good(value):
-        return f"{'it' if value == '' else value} {check.wrong}"
+        return f"{value!r} {check.wrong}"
     choices = f.metadata.get("choices", [value])
     return "" if value in choices else f"{value!r} is none of {', '.join(map(str, choices))}"
 
