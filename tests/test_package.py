@@ -30,6 +30,7 @@ ARROWS = {
     "cli": "export training runtime data model method io",
     "scripts": "cli export training runtime data model method io",
 }
+LINES = 13_600           # of the package and its scripts
 # What a room may import besides the standard library and ours, if that is restricted.
 LIBRARIES = {"method": {"torch"}, "reference": {
     "torch", "safetensors", "onnx", "onnxruntime", "tokenizers"}}
@@ -166,3 +167,15 @@ def test_no_two_public_functions_or_classes_share_a_name() -> None:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_":
                 homes[node.name].append(name_of(file))
     assert not {name: files for name, files in homes.items() if len(files) > 1}
+
+
+def test_functions_files_and_the_package_are_short() -> None:
+    """So that each is read in one sitting. reference.py is one file by design."""
+    lines = {name_of(file): file.read_text(encoding="utf-8").count("\n")
+             for file in [*MODULES, *SCRIPTS]}
+    assert sum(lines.values()) <= LINES, "shorten the package before you raise this"
+    assert not [name for name, count in lines.items() if count > 360 and "reference" not in name]
+    for file in [*MODULES, *SCRIPTS]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 50, f"{file}:{node.lineno}"
