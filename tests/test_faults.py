@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import QUICK, ROOT, cut, edit_tensors, exit_code, python, save_bytes_model, write_lines
+from tiny import QUICK, ROOT, cut, edit_tensors, exit_code, save_bytes_model, write_lines
 
 import export
 import probe
@@ -197,28 +197,20 @@ def test_a_read_only_model_and_data_are_enough(world: World) -> None:
     assert hashes(world.model, world.data) == before
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="pipes end otherwise there")
-@pytest.mark.parametrize("name, closed", [
-    ("train.py", ""), ("-m minismoe.runtime", ""), ("-m minismoe.runtime", "2>&1 ")])
-def test_a_closed_pipe_ends_without_a_traceback(world: World, name: str, closed: str) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="pipes end otherwise there")
+@pytest.mark.parametrize("name, to, says", [
+    ("train.py", "", "nobody reads the output any more"),
+    ("-m minismoe.runtime", "", "nobody reads the output any more"),
+    ("-m minismoe.runtime", "> /dev/full ", "No space left"), ("-m minismoe.runtime", "2>&1 ", "")])
+def test_output_that_cannot_be_written_ends_in_one_line(world: World, name: str, to: str,
+                                                        says: str) -> None:
     """Where nothing of stdout is read, and where stderr goes the same way."""
     what = [*world.inputs, "--show", "9"] if name == "train.py" else [world.export, "a"]
     command = " ".join([sys.executable, "-u", name, *map(str, what)])
-    done = subprocess.run(["bash", "-c", f"{command} {closed}| true; exit ${{PIPESTATUS[0]}}"],
+    done = subprocess.run(["bash", "-c", f"{command} {to}| true; exit ${{PIPESTATUS[0]}}"],
                           text=True, capture_output=True, timeout=120, cwd=ROOT)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    if not closed:
-        *_, said = [x for x in re.split(r"[\r\n]", done.stderr) if not BAR.match(x)]
-        assert said.startswith("error: nobody reads the output any more")
-
-
-def test_output_to_a_full_device_fails_in_one_line(world: World) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "minismoe.runtime", world.export, "a"],
-                              text=True, stdout=full, stderr=subprocess.PIPE, cwd=ROOT)
-    assert done.returncode == 1 and re.fullmatch("error: No space left .*\n", done.stderr)
+    assert not says or done.stderr.splitlines()[-1].startswith(f"error: {says}")
 
 
 @pytest.mark.parametrize("said", [
@@ -285,7 +277,6 @@ def test_a_broken_input_is_refused(world: World, main: Any, spoil: Callable[[Wor
     (export.main, lambda c: c["arguments"].update(max_length=[9]), "argument --max-length: .*9"),
     (export.main, lambda c: c["arguments"].pop("max_length"), "lacks max_length: another version "
      "of minismoe made this run, so train again with this one"),
-    (export.main, lambda c: c["arguments"].update(tasks="sum"), "has tasks, which is no flag: ano"),
     (train.main, lambda c: c["arguments"].update(epochs="x"), "argument --epochs: .*'x'"),
     (train.main, lambda c: c["arguments"].update(recompute="y"), "argument --recompute: .*'y'"),
     (train.main, lambda c: c["arguments"].update(model=5), "argument --model: 5 is no str"),
@@ -298,14 +289,10 @@ def test_a_run_with_a_hostile_or_older_config_is_refused(
     world.fails(main, *flags, says=says)
 
 
-def test_one_example_trains_but_no_test_line_is_refused(world: World) -> None:
+def test_one_example_trains(world: World) -> None:
     write_lines(world.data / "t" / "train.jsonl", numbered(1, "another"))
     assert script(train.main, *world.inputs, *SHORT, "--out", world.new) == (0, "")
     assert len((world.new / "metrics.jsonl").read_text().splitlines()) == 1
-    shutil.rmtree(world.data / "t")
-    write_lines(world.data / "t.jsonl", numbered(1))
-    world.fails(train.main, *world.inputs, "--out", world.root / "2",
-                says="task t has no test line: .* at least two different lines into its only file")
 
 
 def test_odd_names_of_tasks_are_no_paths_and_no_terminal_commands(world: World) -> None:
@@ -362,9 +349,6 @@ def test_invalid_unicode_is_read_with_question_marks(world: World, bpe: Path) ->
         ids, starts = tokenizer.encode(odd)
         assert tokenizer.decode(ids) == re.sub("[\ud800-\udfff]", "?", odd)
         assert len(ids) == len(starts)
-    done = python("-m", "minismoe.runtime", world.export, os.fsdecode(b"\xff\xfe"),
-                  "--max-tokens", "2")
-    assert done.returncode == 0, done.stderr
 
 
 def test_no_network_unless_a_hub_name_is_given(world: World,

@@ -227,11 +227,8 @@ def test_show_marks_the_supervised_tokens(script, inputs, succeed, fails, monkey
     for value, mark in (("1", "[["), ("", "\x1b[32m")):
         monkeypatch.setenv("NO_COLOR", value)
         assert mark in succeed(script.main, *inputs, "--only-tasks", "sum, upper,", "--show", "1")
-
-
-def test_the_tasks_of_the_toy_are_chosen_by_name(succeed) -> None:
     for flags, names in (((), {*toy.TASKS}), (("--only-tasks", "count"), {"count"})):
-        shown = succeed(train.main, "--show", "1", *flags)
+        shown = succeed(script.main, "--show", "1", *flags)
         assert {line.split()[1] for line in shown.splitlines() if line.startswith("---")} == names
 
 

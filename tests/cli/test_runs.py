@@ -61,22 +61,16 @@ def test_free_text_is_judged_by_its_tokens(inputs, tmp_path, succeed) -> None:
     assert re.search(r"t +0.000 +0.000 .* 8\n", out)
 
 
-def test_a_long_validation_line_is_left_out(inputs, tmp_path, succeed) -> None:
-    """Without test lines, answers to validation lines are shown, and none fits behind it."""
+def test_a_run_without_a_test_shows_answers_to_validation_lines(inputs, tmp_path, succeed) -> None:
+    """But to none that is so long that no answer fits behind it."""
     for name, prompts in ("train", "ab"), ("valid", ("x" * 4096, "c")):
         write_lines(tmp_path / "t" / f"{name}.jsonl", ((prompt, "y") for prompt in prompts))
     out = succeed(train.main, *inputs[:2], "--data", tmp_path / "t", "--epochs", "1",
                   "--limit-test", "0", "--out", tmp_path / "run")
     assert "1 validation lines left out: their prompts fill" in out
-    assert out.count("t: prompt:") == 1
-
-
-def test_a_run_without_a_test_shows_answers_to_validation_lines(inputs, tmp_path, succeed) -> None:
-    out = succeed(train.main, *inputs, "--samples", "2", "--epochs", "1", "--limit-test", "0",
-                  "--out", tmp_path)
-    found = read_json(tmp_path / "results.json")
-    assert found["mean"] == {} and found["tasks"]["sum"]["loss"]["after"] is None
-    assert out.count("upper: prompt:") == 2 and "perplexity" not in out
+    assert out.count("t: prompt:") == 1 and "perplexity" not in out
+    found = read_json(tmp_path / "run" / "results.json")
+    assert found["mean"] == {} and found["tasks"]["t"]["loss"]["after"] is None
 
 
 @pytest.mark.parametrize("length", [40, 27, 26])
