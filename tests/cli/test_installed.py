@@ -37,11 +37,13 @@ def test_it_lists_what_there_is(monkeypatch, capsys, word, code) -> None:
 
 
 def test_chat_starts_without_torch() -> None:
-    code = ("import sys; sys.argv = ['minismoe', 'chat', '--help']\n"
+    """And with Python's own Ctrl-C, which ends an answer."""
+    code = ("import signal, sys; sys.argv = ['minismoe', 'chat', '--help']\n"
             "from minismoe.cli.script import main\n"
-            "try: main()\nfinally: print('torch' in sys.modules, 'tqdm' in sys.modules)")
+            "try: main()\nfinally: print('torch' in sys.modules, 'tqdm' in sys.modules, "
+            "signal.getsignal(2) is signal.default_int_handler)")
     done = python("-c", code)
-    assert done.stdout.startswith("usage: ") and done.stdout.endswith("False False\n")
+    assert done.stdout.startswith("usage: ") and done.stdout.endswith("False False True\n")
 
 
 @pytest.mark.parametrize("words", [("train.py",), ("probe.py",), ("export.py",), (
