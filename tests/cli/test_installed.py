@@ -1,11 +1,13 @@
 """The installed command, as an editable installation runs it."""
 
+import signal
 import sys
 
 import pytest
 from tiny import python
 
 from minismoe.cli import script
+from minismoe.io.signals import Interrupted
 
 
 def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
@@ -56,3 +58,15 @@ def test_ctrl_c_while_modules_load_ends_in_one_line(tmp_path, words) -> None:
             "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
     done = python(*words, PYTHONPATH=f"{tmp_path}:.")
     assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
+
+
+@pytest.mark.parametrize("error, code", [
+    (KeyboardInterrupt(), 130), (Interrupted(number=signal.SIGTERM), 143)])
+def test_an_interrupted_script_ends_with_the_signals_number(monkeypatch, error, code) -> None:
+    def main(_: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as ended:
+        script.run_script(main)
+    assert ended.value.code == code

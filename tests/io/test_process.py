@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import python
 
+from minismoe.io import process
 from minismoe.io.process import HUGE, give_back_memory, huge_page_ranges, use_huge_pages
 
 SMAPS = Path("/proc/self/smaps")
@@ -81,3 +82,12 @@ def test_cuda_memory_grows_by_segments_unless_it_is_set(given: dict[str, str], f
             f"os.environ.update({given}); bound_memory(); "
             "print(os.environ.get('PYTORCH_CUDA_ALLOC_CONF'))")
     assert python("-c", code).stdout.strip() == found
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it does not say")
+def test_the_peak_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Linux says it, and as other systems do."""
+    peak = process.peak_resident()
+    assert peak % 1024 == 0 and 10 << 20 < peak < 100 << 30
+    monkeypatch.setattr(process.Path, "read_text", lambda _: "")
+    assert 10 << 20 < process.peak_resident() < 100 << 30
