@@ -78,7 +78,8 @@ def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
     """An exported folder of layout onnx, with these files. Without a tokenizer.json among them, its
     tokens are bytes."""
     target, static = KINDS[kind]
-    c, form = model.config, GraphFormat(target, precision, context, static=static)
+    c, form = model.config, GraphFormat(target, precision, context, static=static,
+                                        last=3 if kind == "ort" else 1)
     folder.mkdir()
     graph.write_decoder(folder / "model.onnx", stored(model, form, beside), form)
     steps.write_sampler(folder / "sampler.onnx", c.vocab_size)

@@ -175,7 +175,7 @@ def logits(model: CausalLM | Generator, prompts: Prompts, texts: Prompts) -> lis
     CPU. PyTorch computes them in one batch; a graph reads texts token by token, and from its cache
     what a prompt shares with the one before."""
     if isinstance(model, Generator):
-        return [torch.stack([torch.from_dlpack(given)[0].clone().flatten()
+        return [torch.stack([torch.from_dlpack(given)[0, -1].clone()
                              for given in model.forced(prompt, text)])
                 for prompt, text in zip(prompts, texts)]
     rows = [[*prompt, *text] for prompt, text in zip(prompts, texts)]

@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto, ValueInfoProto
 
 from ..runtime import Generator
+from ..runtime.drafts import DRAFTED
 from ..runtime.npu import EXACT
 from .nodes import all_nodes
 from .settings import Source
@@ -23,6 +24,7 @@ QUESTION, TOKENS, LOGITS = "What is the capital of France?", 16, 8
 BYTES = {"float": 4, "float16": 2}
 DIMENSIONS = {
     "sequence_length": "new tokens of this run",
+    "last_tokens": f"the last {1 + DRAFTED} of the new tokens, or all if they are fewer",
     "past_sequence_length": "tokens of the past, 0 at first",
     "total_sequence_length": "past and new tokens"}
 MASK = "1 for each past and new token, 0 for the padding of a graph of fixed sizes"
@@ -46,7 +48,7 @@ def golden(generator: Generator, tolerance: float) -> dict[str, Any]:
     tokenizer = generator.tokenizer
     ids = tokenizer.encode(tokenizer.render([{"role": "user", "content": QUESTION}], True))[0]
     ids = ids[:max(1, generator.room(0) - TOKENS)]
-    logits = torch.from_dlpack(next(generator.forced(ids, []))).flatten()
+    logits = torch.from_dlpack(next(generator.forced(ids, [])))[0, -1]
     values, largest = logits.topk(LOGITS)
     return {"input_ids": ids, "tokens": [*generator.generate(ids, TOKENS)],
             "logits": {"ids": largest.tolist(), "values": values.tolist(),

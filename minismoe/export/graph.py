@@ -9,7 +9,7 @@ CPUs have few float16 kernels: onnxruntime inserts casts for the others, so that
 CPU as well as on a GPU.
 
 Letters: T new tokens, P past tokens, S = P + T, D hidden, H query heads, K key/value
-heads, C head size, L taps of a convolution, I its channels, V vocabulary.
+heads, C head size, L taps of a convolution, I its channels, V vocabulary, N = min(T, form.last).
 """
 
 from collections.abc import Sequence
@@ -42,6 +42,8 @@ class DecoderBuilder:
         self.parameter, self.linear = weights.parameter, LinearLayers(graph, weights).linear
         self.positions, c = Positions(graph, self.config, form), self.config
         self.heads = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        # Convolutions and delta nets cannot take back a draft.
+        self.rows = 1 if c.convolutions else form.last
         # The scale of the residual stream. Gemma 3's reaches 100,000, more than float16 holds; what
         # it adds up comes from norms, and what reads it are norms.
         self.stream = 2.0 ** -6 if c.post_norms and form.dtype == torch.float16 else 1.0
@@ -227,25 +229,29 @@ class DecoderBuilder:
         return self.weights.embed("model.embed_tokens")
 
     def head(self, x: str) -> None:
-        """Hidden states (1, T, D) -> logits (1, 1, V) of the last token."""
-        name, last = "lm_head", self.last(x)                                     # (1, D)
+        """Hidden states (1, T, D) -> logits (1, N, V) of the last tokens."""
+        name, last = "lm_head", self.last(x)                                     # (N, D)
         # Float32 logits are the output of the product: one more operator would copy them.
         named = ["logits"] if self.dtype == torch.float32 else []
         table = "model.embed_tokens" if self.config.tie_word_embeddings else name
         stored, w = self.weights.vocabulary(table), matrix(self.weights.leaf(table))
         if not self.weights.is_float(w):
-            last = self.node("Unsqueeze", f"{name}.last", last, [1])
+            last = self.node("Unsqueeze", f"{name}.last", last, [0])
             y = self.weights.multiply(name, last, stored, w, named)
         else:
             # Gemm reads (V, D) directly: onnxruntime would fold a Transpose into a second matrix.
             y = self.node("Gemm", name, last, *stored, transB=1)
-            y = self.node("Unsqueeze", name, y, [1], named=named)
+            y = self.node("Unsqueeze", name, y, [0], named=named)
         if not named:
             self.node("Cast", f"{name}.wide", y, to=TensorProto.FLOAT, named=["logits"])
 
     def last(self, x: str) -> str:
-        """(1, T, D) -> (1, D): the last token."""
-        return self.node("Gather", "lm_head.last", x, -1, axis=1)
+        """(1, T, D) -> (N, D): the last token or, for drafts, the last tokens."""
+        name = "lm_head.last"
+        if self.rows == 1:
+            return self.node("Gather", name, x, -1, axis=1)
+        return self.node("Squeeze", name, self.node("Slice", name, x, [-self.rows], [END], [1]),
+                         [0])
 
     def build(self) -> None:
         """Write every node between the inputs and the outputs."""
@@ -276,7 +282,8 @@ class DecoderBuilder:
         S = P + T if static else "total_sequence_length"
         lengths = {"input_ids": T, "attention_mask": S} | ({} if self.ort else {"position_ids": T})
         graph.inputs = [value(name, TensorProto.INT64, [1, n]) for name, n in lengths.items()]
-        graph.outputs = [value("logits", TensorProto.FLOAT, [1, 1, c.vocab_size])]
+        rows = 1 if self.rows == 1 else "last_tokens"
+        graph.outputs = [value("logits", TensorProto.FLOAT, [1, rows, c.vocab_size])]
         self.declare_cache(P, P if static else S, graph.real)
 
     def declare_cache(self, past: Any, present: Any, kind: int) -> None:

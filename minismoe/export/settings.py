@@ -9,6 +9,7 @@ from ..data.tokenizer import Tokenizer
 from ..io.flags import flag, positive, text
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, BLOCKS
+from ..runtime.drafts import DRAFTED
 from .weights import PRECISIONS, GraphFormat
 
 
@@ -85,8 +86,9 @@ class ExportConfig:
     @property
     def form(self) -> GraphFormat:
         """How the graph is written."""
+        drafts = self.layout == "onnx" and self.target == "ort"
         return GraphFormat(self.target, self.precision, self.context or 0, self.block or BLOCK,
-                           self.static)
+                           self.static, 1 + DRAFTED if drafts else 1)
 
     @property
     def kind(self) -> str:

@@ -56,6 +56,7 @@ class GraphFormat:
     context: int                             # positions
     block: int = BLOCK                       # weights that share a scale, in few bits
     static: tuple[int, int, int] | None = None           # 1, tokens a step, past positions
+    last: int = 1                            # last tokens of a step that have logits, at most
 
     @property
     def ort(self) -> bool:

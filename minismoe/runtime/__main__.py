@@ -69,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--task", help="use the adapter of this task, if the folder has adapters")
     add("--stop", type=text, action="append", default=[], metavar="TEXT", help="end the answer "
         "before this text; may be given again")
+    add("--no-drafts", action="store_true", help="one step for each token, to compare; drafts.json "
+        "saves steps and changes no text")
     add("--provider", help="cpu (default), cuda, webgpu, tensorrt, mlx, openvino[:GPU|NPU|CPU] or, "
         "for target npu, qnn[:SOC]; NAME:N is device N; auto: the best of those export.py checked")
     add("--threads", type=positive, metavar="N", help="default: the CPU's physical cores")
@@ -101,6 +103,8 @@ def _open(args: argparse.Namespace) -> Generator:
 
     generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify,
                           args.cache * 1_000_000 if args.serve is not None else 0)
+    if args.no_drafts:
+        generator.drafts = {}
     nodes = generator.nodes                  # slow ones on the CPU are shown in any case
     if nodes.keys() != {CPU} and (args.stats or any(
             op in nodes.get(CPU, "") for op in ("Attention", "MatMul", "Gemm"))):

@@ -17,7 +17,8 @@ export.json names the kind under contract, cache.
 The last inputs of convolutions and the memory of delta nets go from step to step as in
 GraphCache, whatever the target.
 
-Letters: T new tokens, P past positions, K key/value heads, C head size, V vocabulary.
+Letters: T new tokens, P past positions, K key/value heads, C head size, V vocabulary, N last
+tokens that have logits.
 """
 
 import ctypes
@@ -90,7 +91,7 @@ class GraphCache:
         return len(self.tokens) <= n
 
     def step(self, tokens: Sequence[int]) -> ort.OrtValue:
-        """Read 1 to T more tokens; returns the logits (1, 1, V) after them."""
+        """Read 1 to T more tokens; returns the logits (1, N, V) after them."""
         first, end = len(self.tokens), len(self.tokens) + len(tokens)
         logits = self._run(tokens, ONE * end, range(first, end))
         self.tokens += tokens
@@ -98,7 +99,7 @@ class GraphCache:
 
     def _run(self, ids: Iterable[int], mask: Iterable[int], positions: Iterable[int],
              ) -> ort.OrtValue:
-        """Run the graph once; returns its logits (1, 1, V)."""
+        """Run the graph once; returns its logits (1, N, V)."""
         inputs = {"input_ids": ids, "attention_mask": mask} | (
             {"position_ids": positions} if self._has_positions else {})
         arrays = {name: array("q", values) for name, values in inputs.items()}

@@ -83,8 +83,7 @@ def likeliest(read: Callable[[Sequence[int]], ort.OrtValue], answers: dict[Token
         by_token: dict[int, list[Tokens]] = {}
         for tokens in group:
             by_token.setdefault(tokens[len(shared)], []).append(tokens)
-        logits = read(shared)                # holds the memory of `floats`
-        floats = floats_of(logits)
+        floats = floats_of(read(shared))
         total = log_of_sum([floats[token] for token in by_token])    # of these tokens alone
         for token, part in by_token.items():
             heapq.heappush(heap, (loss + (total - floats[token]), part))

@@ -8,7 +8,9 @@
         stop if this token ends the answer
         new = token and, by a grammar, those tokens that alone may follow it
         yield new                            `text` makes whole characters of tokens
-        logits = read(new)
+        if the last step has read `new` as drafts, its logits after them are there: go on
+        cut the cache to what is written, and draft what may follow (drafts.py)
+        logits = read(new and the drafts)
     answer.ended = why
 
 Letters: V vocabulary.
@@ -16,17 +18,20 @@ Letters: V vocabulary.
 
 import ctypes
 import math
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache, partial
+from itertools import takewhile
 from typing import Any
 
 import onnxruntime as ort
 
 from ..data.tools import Function, Message, with_tools
 from .choices import Answer, Tokens, answer_tokens, likeliest
+from .drafts import drafted
 from .folder import FLOAT, INT64
 from .grammar import CALLS, allowed, call_grammar, follow, grammar_tokens, new_matcher
 from .model import CachedModel
@@ -45,7 +50,8 @@ class Generation(Iterator[int]):
     # come, and if the caller, or `text` at a stop text, took no more of them.
     ended = ""
     logprob = 0.0                # of the tokens and the stop token together, after penalties
-    logits: Any = None           # (1, 1, V) before penalties, of which the last token was chosen
+    logits: Any = None           # (V,) before penalties, of which the last token was chosen
+    steps = 0                    # of the graph, after the prompt
     read_tokens = 0              # tokens of the prompt that were read
     cached_tokens = 0            # tokens of the prompt that were in a cache
 
@@ -95,12 +101,13 @@ class Generator(CachedModel):
         ended = "max_tokens" if steps == limit else "context"
         rng, stops = random.Random(settings.seed), {*self.tokenizer.stop_ids}
         read, written = {*prompt}, Counter[int]()
+        text, drafts = list[int](), list[int]()      # written; read, and not known to be right
         logits, answer.cached_tokens = self.prefill(prompt)
         version, answer.read_tokens = self._version, len(prompt) - answer.cached_tokens
         while steps:
-            answer.logits = logits
-            with penalized(logits, read, written, settings):
-                token, logprob = self._sample(logits, settings, rng, matcher and allowed(matcher))
+            answer.logits = row = floats_of(logits, -1 - len(drafts))
+            with penalized(row, read, written, settings):
+                token, logprob = self._sample(row, settings, rng, matcher and allowed(matcher))
             answer.logprob += logprob
             if token in stops:
                 ended = "stop"
@@ -113,22 +120,37 @@ class Generator(CachedModel):
                     raise RuntimeError("another generation or adapter began, or the cache was "
                                        "emptied, before this one ended")
             written.update(new)
+            text += new
             steps -= len(new)
             if matcher and matcher.is_stopped():
                 ended = "stop"
                 break
-            if steps:
-                logits = self.read(new)
+            right = len(os.path.commonprefix([new, drafts]))
+            drafts = drafts[right:]
+            if steps and right < len(new):
+                self.cut(len(prompt) + len(text) - len(new) + right)
+                drafts = self._drafts(prompt, text, steps - 1, matcher)
+                logits = self.read(new[right:] + drafts)
+                answer.steps += 1
         answer.ended = ended
 
-    def _candidates(self, logits: ort.OrtValue) -> tuple[list[float], list[int], float]:
-        """The largest of the logits (1, 1, V), sorted, their tokens, and log(sum(exp(logits))).
+    def _drafts(self, prompt: Sequence[int], text: Sequence[int], most: int, matcher: Any,
+                ) -> list[int]:
+        """Up to `most` tokens that may follow a prompt and the text of its answer, and that the
+        matcher, if there is one, permits; none that ends the answer."""
+        drafts = drafted(prompt, text, self.drafts)[:most] if self.drafts else []
+        drafts = [*takewhile(lambda token: token not in self.tokenizer.stop_ids, drafts)]
+        return drafts[:matcher.validate_tokens(drafts)] if matcher and drafts else drafts
+
+    def _candidates(self, floats: "memoryview[float]") -> tuple[list[float], list[int], float]:
+        """The largest of the logits (V,), sorted, their tokens, and log(sum(exp(logits))).
         Raises ArithmeticError if the logits are not numbers."""
         size = self.candidates
         values, logprobs, tokens = (ctypes.c_float * size)(), (ctypes.c_float * size)(), (
             ctypes.c_int64 * size)()
         io = self._sampler.io_binding()
-        io.bind_ortvalue_input("logits", logits)
+        io.bind_input("logits", "cpu", 0, FLOAT, [1, 1, len(floats)],
+                      ctypes.addressof(ctypes.c_char.from_buffer(floats)))
         for name, kind, array in (("values", FLOAT, values), ("indices", INT64, tokens),
                                   ("logprobs", FLOAT, logprobs)):
             io.bind_output(name, "cpu", 0, kind, [1, size], ctypes.addressof(array))
@@ -137,21 +159,21 @@ class Generator(CachedModel):
             raise ArithmeticError("the model's logits are not numbers")
         return [*values], [*tokens], values[0] - logprobs[0]
 
-    def _sample(self, logits: ort.OrtValue, sampling: Sampling, rng: random.Random,
+    def _sample(self, floats: "memoryview[float]", sampling: Sampling, rng: random.Random,
                 mask: bytes | None) -> tuple[int, float]:
-        """Choose the next token from logits (1, 1, V), among those of the mask, if there is one;
-        returns it, and its log-probability."""
-        values, tokens, total = self._candidates(logits)
+        """Choose the next token from logits (V,), among those of the mask, if there is one; returns
+        it, and its log-probability."""
+        values, tokens, total = self._candidates(floats)
         if mask is not None:
-            values, tokens = permitted(logits, values, tokens, mask)
+            values, tokens = permitted(floats, values, tokens, mask)
         chosen = sampling.draw(values, rng)
         return tokens[chosen], values[chosen] - total
 
-    def logprobs(self, logits: ort.OrtValue, token: int, count: int) -> list[tuple[str, float]]:
-        """Text and log-probability by logits (1, 1, V) of a token and, after it, of the `count`
+    def logprobs(self, floats: "memoryview[float]", token: int, count: int,
+                 ) -> list[tuple[str, float]]:
+        """Text and log-probability by logits (V,) of a token and, after it, of the `count`
         likeliest tokens, at most `candidates`."""
-        _, likeliest, total = self._candidates(logits)
-        floats = floats_of(logits)
+        _, likeliest, total = self._candidates(floats)
         return [("".join(self._pieces([i])), floats[i] - total)
                 for i in (token, *likeliest[:count])]
 
@@ -203,7 +225,8 @@ class Generator(CachedModel):
         return (self.context - length) // (self.static[1] if self.static and padded else 1)
 
     def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[ort.OrtValue]:
-        """Logits (1, 1, V) after a prompt, and after each of the tokens that follow it."""
+        """Logits (1, N, V) after a prompt, and after each of the tokens that follow it. The last
+        row is that of the last token; N is 1 to 3."""
         yield self.prefill(prompt)[0]
         for token in tokens:
             yield self.read([token])

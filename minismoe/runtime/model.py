@@ -1,6 +1,6 @@
 """The graphs of an exported folder, opened, and the cache of what they have read.
 
-Letters: T new tokens, P past positions, V vocabulary.
+Letters: T new tokens, P past positions, V vocabulary, N last tokens that have logits.
 """
 
 import os
@@ -17,6 +17,8 @@ from ..data.tokenizer import load_tokenizer
 from ..io.files import naming
 from ..io.process import give_back_memory, huge_page_ranges, use_huge_pages
 from .cache import FixedCache, GraphCache, SharedCache
+from .drafts import FILE as DRAFTS
+from .drafts import Drafts, read_drafts
 from .folder import graph_of, plain_file, read_info
 from .npu import NpuSteps, SlotCache
 from .providers import CPU, Device, find_device, nodes_by_provider, open_session, preferred
@@ -49,6 +51,7 @@ class CachedModel:
         self.candidates: int = shape[1] if len(shape) == 2 else 0            # tokens to draw from
         self._check_graphs()
         self.tokenizer = load_tokenizer(self.folder)
+        self.drafts = self._read_drafts()
         give_back_memory()
         self.use(task)
         self.reset()
@@ -81,7 +84,7 @@ class CachedModel:
         """Raise ValueError if export.json disagrees with the graphs."""
         info, inputs = self.info, self.session.get_inputs()
         keys = [(i.type, *i.shape[1::2]) for i in inputs if i.name.endswith(".key")]
-        logits = self.session.get_outputs()[0]
+        logits = self.session.get_outputs()[0]               # (1, N, V)
         kind = {"float32": "tensor(float)", "float16": "tensor(float16)"}[info["cache_type"]]
         if (len(keys) != info["layers"] or logits.shape[-1:] != [info["vocab_size"]]
                 or {*keys} != {(kind, info["kv_heads"], info["head_dim"])}
@@ -90,6 +93,19 @@ class CachedModel:
                 or len(self._sampler.get_outputs()) != 3):
             raise ValueError(f"{self.folder / 'export.json'} is not of this model.onnx and "
                              "sampler.onnx: export again")
+
+    def _read_drafts(self) -> Drafts:
+        """The folder's table, without which there are no drafts; ValueError if the graph gives
+        logits of one token alone, as those do whose cache cannot take drafts back."""
+        table = read_drafts(self.folder)
+        if table and self.session.get_outputs()[0].shape[1] == 1:
+            raise ValueError(f"{self.folder / DRAFTS} needs logits of several tokens, and "
+                             "model.onnx gives those of one: export again")
+        return table
+
+    def cut(self, n: int) -> None:
+        """Take out of the cache what it holds beyond n tokens."""
+        self._caches[-1].cut(n)
 
     def close(self) -> None:
         """Free the graph and its caches; another `session`, and then `use`, have to follow."""
@@ -141,13 +157,14 @@ class CachedModel:
 
     def prefill(self, prompt: Sequence[int]) -> tuple[ort.OrtValue, int]:
         """Read a prompt, from the first token that differs from what a cache holds; returns its
-        last logits (1, 1, V), and how many tokens were in the cache. The last token is read in any
+        last logits (1, N, V), and how many tokens were in the cache. The last token is read in any
         case, for its logits."""
         cached = self._take_cache([*prompt[:-1]], self.spare_bytes)
         return self.read(prompt[cached:]), cached
 
     def read(self, tokens: Sequence[int]) -> ort.OrtValue:
-        """Read more tokens into the cache; returns the logits (1, 1, V) after them.
+        """Read more tokens into the cache; returns the logits (1, N, V) after the last
+        of them.
 
         A step reads T tokens, and the first one what is left over. An error in a step, or Ctrl-C,
         empties the cache, as it may be half written.
@@ -163,7 +180,7 @@ class CachedModel:
         return logits
 
     def step(self, tokens: Sequence[int]) -> ort.OrtValue:
-        """Run the graph once, on 1 to T tokens; returns its logits (1, 1, V)."""
+        """Run the graph once, on 1 to T tokens; returns its logits (1, N, V)."""
         logits = self._caches[-1].step(tokens)
         if self._huge_pages and not self._huge_pages.ident:  # not earlier: the first token waits
             self._huge_pages.start()

@@ -66,10 +66,13 @@ class Sampling:
         return rng.choices(range(len(masses)), cum_weights=masses)[0]
 
 
-def floats_of(logits: Any) -> "memoryview[float]":
-    """The values of an OrtValue of floats (1, 1, V), in its own memory."""
-    kind = ctypes.c_float * math.prod(logits.shape())
-    return memoryview(kind.from_address(logits.data_ptr())).cast("B").cast("f")
+def floats_of(logits: Any, row: int = -1) -> "memoryview[float]":
+    """A row (V,) of an OrtValue of floats (1, N, V), in the memory of the value, which it keeps."""
+    _, rows, size = logits.shape()
+    place = logits.data_ptr() + ctypes.sizeof(ctypes.c_float) * size * (rows + row)
+    floats: Any = (ctypes.c_float * size).from_address(place)
+    floats.owner = logits
+    return memoryview(floats).cast("B").cast("f")
 
 
 def log_of_sum(logits: Sequence[float]) -> float:
@@ -82,10 +85,10 @@ def log_of_sum(logits: Sequence[float]) -> float:
 
 
 @contextmanager
-def penalized(logits: Any, prompt: Set[int], answer: Counter[int], sampling: Sampling,
-              ) -> Iterator[None]:
-    """Change logits (1, 1, V) meanwhile by the penalties on tokens of a prompt and its answer."""
-    floats, factor = floats_of(logits), sampling.repetition_penalty
+def penalized(floats: "memoryview[float]", prompt: Set[int], answer: Counter[int],
+              sampling: Sampling) -> Iterator[None]:
+    """Change logits (V,) meanwhile by the penalties on tokens of a prompt and its answer."""
+    factor = sampling.repetition_penalty
     added = sampling.frequency_penalty or sampling.presence_penalty
     tokens = prompt | answer.keys() if factor != 1 else answer.keys() if added else ()
     before = {token: floats[token] for token in tokens}
@@ -98,8 +101,8 @@ def penalized(logits: Any, prompt: Set[int], answer: Counter[int], sampling: Sam
         floats[token] = value
 
 
-def permitted(logits: Any, values: Sequence[float], tokens: Sequence[int], mask: bytes,
-              ) -> tuple[list[float], list[int]]:
+def permitted(floats: "memoryview[float]", values: Sequence[float], tokens: Sequence[int],
+              mask: bytes) -> tuple[list[float], list[int]]:
     """Those candidates that a mask permits; if it permits none, the likeliest of other tokens.
 
     mask: a bit a token, the lowest first; at least one is set. Values are sorted from the largest.
@@ -109,7 +112,6 @@ def permitted(logits: Any, values: Sequence[float], tokens: Sequence[int], mask:
 
     kept = [(value, token) for value, token in zip(values, tokens) if allowed(token)]
     if not kept:
-        floats = floats_of(logits)
         kept = heapq.nlargest(len(tokens), ((floats[token], token) for token in range(len(floats))
                                             if allowed(token)))
     return [value for value, _ in kept], [token for _, token in kept]

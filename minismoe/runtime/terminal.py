@@ -161,7 +161,8 @@ class Terminal:
             first, rest, count = times[1] - times[0], times[-1] - times[1], len(times) - 2
             _print_stats(f"first token {first:.3f} s, prompt {answer.read_tokens / first:.0f} "
                          f"tokens/s and {answer.cached_tokens} from the cache, {count + 1} tokens "
-                         f"at {count / rest if rest else 0:.0f} tokens/s")
+                         f"at {count / rest if rest else 0:.0f} tokens/s, "
+                         f"{(count + (ended == 'stop')) / max(1, answer.steps):.2f} tokens a step")
         return said, message, ended
 
     def _choose(self, text: str) -> list[Answer]:

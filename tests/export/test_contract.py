@@ -87,7 +87,7 @@ def in_one_buffer(folder: Path) -> None:
         io.bind_cpu_input("attention_mask", np.ones((1, read), np.int64))
         io.bind_output("logits")
         session.run_with_iobinding(io)
-        new = [int(io.get_outputs()[-1].numpy().argmax())]
+        new = [int(io.get_outputs()[-1].numpy()[0, -1].argmax())]
         tokens += new
     assert tokens == said["golden"]["tokens"]
 

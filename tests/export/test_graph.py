@@ -62,14 +62,14 @@ def on_targets(*families: str) -> list[tuple[str, str]]:
 
 
 class EveryToken(DecoderBuilder):
-    """A graph whose logits are those of all tokens, (T, 1, V)."""
+    """A graph whose logits are those of all tokens, (1, T, V)."""
 
     def last(self, x: str) -> str:
         return self.node("Reshape", "every", x, [-1, self.config.hidden_size])
 
     def declare(self) -> None:
         super().declare()
-        self.graph.outputs[0].type.tensor_type.shape.dim[0].dim_param = "tokens"
+        self.graph.outputs[0].type.tensor_type.shape.dim[1].dim_param = "tokens"
 
 
 def write(file: Path, model: CausalLM, beside: Mapping[str, Any] | None = None,
@@ -113,7 +113,7 @@ class Runner:
             feed["position_ids"] = torch.arange(self.read)[None, -ids.shape[1]:].numpy()
         logits, *present = self.session.run(None, feed, options)
         self.past = dict(zip(self.past, present))
-        return torch.from_numpy(logits).squeeze(1)[None]                             # (1, ., V)
+        return torch.from_numpy(logits)                                              # (1, ., V)
 
 
 def random_ids(length: int = LENGTH, seed: int = 0) -> Tensor:
@@ -147,13 +147,17 @@ def test_logits_equal_the_decoder(model: Callable[..., CausalLM], tmp_path: Path
 
 
 @torch.no_grad()
-def test_logits_of_the_last_token_alone(model: Callable[..., CausalLM], tmp_path: Path) -> None:
+def test_logits_of_the_last_tokens(model: Callable[..., CausalLM], tmp_path: Path) -> None:
     m = model("llama")
-    for target in ("ort", "portable"):
-        run = Runner(write(tmp_path / "m.onnx", m, target=target))
-        got, want = run(random_ids()), m(random_ids())
-        assert got.shape == (1, 1, 97)
-        torch.testing.assert_close(got[:, 0], want[:, -1], rtol=1e-4, atol=1e-4)
+    want = m(random_ids())
+    for target, options, last in (("ort", {}, 1), ("portable", {}, 1), ("ort", {"last": 3}, 3),
+                                  ("ort", {"last": 3, "precision": "int8"}, 3)):
+        file, exact = write(tmp_path / "m.onnx", m, target=target, **options), len(options) < 2
+        got = Runner(file)(random_ids())
+        assert got.shape == (1, last, 97) and Runner(file)(random_ids(2)).shape[1] == min(last, 2)
+        torch.testing.assert_close(got, want[:, -last:], rtol=1e-4 if exact else 1,
+                                   atol=1e-4 if exact else 0.5)
+    assert Runner(write(tmp_path / "m.onnx", model("lfm2"), last=3))(random_ids()).shape[1] == 1
 
 
 # Beside the matrices
@@ -361,7 +365,7 @@ def test_static_shapes(model: Callable[..., CausalLM], tmp_path: Path, family: s
             "input_ids": chunk.numpy(), "attention_mask": torch.tensor([mask[-P - T:]]).numpy(),
             "position_ids": places[None].numpy(), **run.past})
         run.past = dict(zip(run.past, present))
-        error = (torch.from_numpy(logits)[T - new:, 0] - want[0, seen:seen + new]).abs().max()
+        error = (torch.from_numpy(logits)[0, T - new:] - want[0, seen:seen + new]).abs().max()
         assert error <= 1e-4 * want.abs().max(), f"{error:.2e} after {seen}"
         seen += new
 

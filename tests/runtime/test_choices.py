@@ -116,7 +116,6 @@ def test_a_generation_that_goes_on_is_refused_and_the_next_is_right(generator) -
     (PROMPTS[0], ["a", " "], "an answer of the set is empty"),
     (PROMPTS[0], ["a", "b", "a"], "'a' is in the set twice"),
     (PROMPTS[0], ["\ud800"], r"cannot write .* would read ' \?'"),
-    (PROMPTS[0], ["yes<|end|>no"], "cannot write the answer"),
     (PROMPTS[0], ["a" * 80], "no room for an answer of 82 in"),
     (PROMPTS[0], "yes", "the answers are the text 'yes': give a list of texts"),
     ("", ["a"], "^the prompt is empty"),
