@@ -1,7 +1,7 @@
 """Kill training at random moments, resume until it is done, and compare with an undisturbed run.
 
     python tests/tools/kill_resume.py --runs 50
-    python tests/tools/kill_resume.py --runs 5 --model SMOLLM2 --data DATA -- --only-tasks trec ...
+    python tests/tools/kill_resume.py --runs 5 -- --model SMOLLM2 --data DATA --only-tasks trec
 
 Every run is killed (SIGKILL) a few times, at moments drawn at random, half of them as soon as a
 file or folder is being written under its temporary name. What an undisturbed run wrote must come
@@ -19,7 +19,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,10 +34,6 @@ SHORT = ("--limit-train 24 --limit-test 6 --epochs 2 --batch-size 8 --samples 16
          "--checkpoint-every 2").split()
 SAME = ("allocation.json", "sensitivity.json", "after.json", "adapter/adapter.json",
         "adapter/adapter.safetensors", "before.json")
-PHASES = (("results.json", "finished"), ("after.json", "writing results"),
-          ("adapter/adapter.json", "evaluating after"), ("metrics.jsonl", "training"),
-          ("before.json", "begins training"), ("allocation.json", "evaluating before"),
-          ("config.json", "beginning the run"))
 
 
 def start(run: Path, flags: Sequence[str], prepare: Callable[[], Any] = lambda: None) -> int:
@@ -71,29 +66,18 @@ def finish(run: Path, flags: Sequence[str]) -> None:
         raise RuntimeError(f"{run} ended with {code}:\n{Path(f'{run}.txt').read_text()}")
 
 
-def writing(run: Path) -> str:
-    """What is being written in `run` just now: the kind of its temporary name, or nothing."""
-    for folder in (run / "checkpoints", run / "adapter", run):
-        for path in folder.glob(".*.tmp") if folder.is_dir() else ():
-            return "writing " + path.name.strip(".").split(".")[0].split("-")[0]
-    return ""
-
-
-def kill(run: Path, flags: Sequence[str], after: float, in_write: bool) -> str:
-    """Kill a run `after` seconds, or in the first write from then on; what it was doing."""
+def killed(run: Path, flags: Sequence[str], after: float, in_write: bool) -> bool:
+    """Kill a run `after` seconds, or in the first write from then on; False if it was faster."""
     pid, begun = start(run, flags), time.monotonic()
     while (code := ended(pid, os.WNOHANG)) is None:
-        if time.monotonic() - begun >= after and (not in_write or writing(run)):
+        if time.monotonic() - begun >= after and (not in_write or any(run.rglob(".*.tmp"))):
             os.kill(pid, signal.SIGKILL)
             code = ended(pid)
             break
         time.sleep(0.0005 if in_write else 0.005)
-    if code == 0:
-        return "was faster"
-    if code != -signal.SIGKILL:
+    if code not in (0, -signal.SIGKILL):
         raise RuntimeError(f"{run} ended with {code}:\n{Path(f'{run}.txt').read_text()}")
-    return writing(run) or next((name for file, name in PHASES if (run / file).exists()),
-                                "before there is a run")
+    return code != 0
 
 
 def differences(run: Path, undisturbed: Path) -> list[str]:
@@ -112,31 +96,33 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
     return bad + [f"{p} is left" for p in run.rglob("*.tmp")]
 
 
-def disturbed(run: Path, undisturbed: Path, flags: Sequence[str], duration: float,
-              rng: random.Random, kills: int) -> Counter[str]:
-    """Kill `run` a few times, at least once, finish it, and compare; what it was doing when it was
-    killed.
-
-    Raises RuntimeError where a resumed run fails, or comes out different.
-    """
-    when: Counter[str] = Counter()
-    latest = 0.6 * duration
-    while when.total() < kills and not when["was faster"]:
-        doing = kill(run, flags, rng.uniform(0, latest), rng.random() < 0.5)
-        if doing == "was faster" and not when:           # it was never killed: begin anew, earlier
-            shutil.rmtree(run)
-            latest /= 2
-        else:
-            when[doing] += 1
+def finish_as(run: Path, undisturbed: Path, flags: Sequence[str]) -> None:
+    """Finish a run. Raises RuntimeError if it fails, or differs from an undisturbed run."""
     finish(run, flags)
     if bad := differences(run, undisturbed):
-        raise RuntimeError(f"{run} differs in {', '.join(bad)}; killed {dict(when)}")
-    return when
+        raise RuntimeError(f"{run} differs in {', '.join(bad)}")
+    shutil.rmtree(run)
+
+
+def disturbed(run: Path, undisturbed: Path, flags: Sequence[str], duration: float,
+              rng: random.Random) -> int:
+    """Kill a run one to four times, finish it, and compare; how often it was killed."""
+    kills, latest = 0, 0.6 * duration
+    for _ in range(rng.randint(1, 4)):
+        if killed(run, flags, rng.uniform(0, latest), rng.random() < 0.5):
+            kills += 1
+        elif kills:
+            break
+        else:                                # it was never killed: begin anew, earlier
+            shutil.rmtree(run)
+            latest /= 2
+    finish_as(run, undisturbed, flags)
+    return kills
 
 
 def at_every_rename(folder: Path, undisturbed: Path, flags: Sequence[str]) -> int:
     """End a run, without a chance to clean up, at its first, second ... renamed file, finish it,
-    and compare; the renames of an undisturbed run. Raises RuntimeError as `disturbed` does."""
+    and compare; the renames of an undisturbed run."""
     for lives in range(1000):
         replace, done, run = os.replace, list[None](), folder / f"rename-{lives}"
 
@@ -150,10 +136,7 @@ def at_every_rename(folder: Path, undisturbed: Path, flags: Sequence[str]) -> in
             return lives
         if code != 9:
             raise RuntimeError(f"{run} ended with {code}:\n{Path(f'{run}.txt').read_text()}")
-        finish(run, flags)
-        if bad := differences(run, undisturbed):
-            raise RuntimeError(f"{run} differs in {', '.join(bad)}")
-        shutil.rmtree(run)
+        finish_as(run, undisturbed, flags)
     raise RuntimeError("a run renames more than 1,000 files")
 
 
@@ -168,15 +151,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--renames", action="store_true",
                         help="end runs at every file that they rename, not at random moments")
     parser.add_argument("--dtype", default="float32", help="(default: %(default)s)")
-    parser.add_argument("--model", help="folder of a checkpoint (default: the built-in toy)")
-    parser.add_argument("--data", help="folder of its tasks")
     args = parser.parse_args(argv)
     flags = [*flags, "--dtype", args.dtype]
-    if args.model:
-        flags += ["--model", args.model, "--data", args.data]
     with tempfile.TemporaryDirectory() as folder:
-        undisturbed, all_ = Path(folder) / "undisturbed", Counter[str]()
-        begun = time.monotonic()
+        undisturbed, begun = Path(folder) / "undisturbed", time.monotonic()
         finish(undisturbed, flags)
         duration = time.monotonic() - begun
         print(f"an undisturbed run takes {duration:.1f} s", flush=True)
@@ -184,11 +162,9 @@ def main(argv: Sequence[str]) -> None:
             print(f"the same after {at_every_rename(Path(folder), undisturbed, flags)} renames")
             return
         for number in range(args.first, args.first + args.runs):
-            rng, run = random.Random(number), Path(folder) / str(number)
-            all_ += disturbed(run, undisturbed, flags, duration, rng, rng.randint(1, 4))
-            shutil.rmtree(run)
-            print(f"{number}: the same; killed so far: " + ", ".join(
-                f"{name} {count}" for name, count in all_.most_common()), flush=True)
+            kills = disturbed(Path(folder) / str(number), undisturbed, flags, duration,
+                              random.Random(number))
+            print(f"{number}: the same, killed {kills} times", flush=True)
     print(f"{args.runs} of {args.runs} the same")
 
 

@@ -295,4 +295,4 @@ def test_a_run_killed_at_any_rename_ends_with_the_same_bytes(inputs) -> None:
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(inputs) -> None:
     """What the tool does at length."""
     said = kill_resume(inputs, "--runs", "1", "--dtype", "bfloat16")
-    assert re.search(r"0: the same; killed so far: (?!was faster \d+$)", said, re.MULTILINE)
+    assert re.search("0: the same, killed [1-4] times", said)
