@@ -102,6 +102,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--room", help="of minismoe, or scripts (default: all)")
+    parser.add_argument("--at-least", type=float, default=0.0, metavar="SHARE", help="exit with 1 "
+                        "if fewer of those that are not equivalent are killed (default: 0)")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     files = [f.relative_to(ROOT).as_posix() for f in sorted(
@@ -128,6 +130,8 @@ def main() -> None:
     for own in [*sorted({own for own, _ in ends}), ""]:  # at last, of all rooms
         of = Counter(end for (r, end) in ends.elements() if r.startswith(own))
         print(f"{own} killed {of['killed']} of {of.total()}, {of['equivalent']} equivalent".strip())
+    if of["killed"] < args.at_least * (of.total() - of["equivalent"]):
+        sys.exit(f"fewer than {args.at_least:.0%} were killed")
 
 
 if __name__ == "__main__":
