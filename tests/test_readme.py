@@ -50,7 +50,7 @@ def test_commands_work_in_their_order_in_an_empty_folder(tmp_path: Path) -> None
                  for line in commands(f"{room}README.md")):
         run = next((tmp_path / "runs").glob("*"), None) if (tmp_path / "runs").exists() else ""
         command = re.sub(r"\bRUN\b", str(run), re.sub(r"\bOUT\b", "toy", line))
-        command = command.replace("TASK", "smaller").replace('"..."', '"Which is less, 52 or 37?"')
+        command = command.replace("TASK", "count").replace('"..."', '"Count the letters."')
         done = subprocess.run(
             ["bash", "-c", command], cwd=tmp_path, input="Which is less, 28 or 61?\n", text=True,
             capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=600)

@@ -214,7 +214,7 @@ def print_data(tokenizer: Tokenizer, tasks: Sequence[Task],
                  "left out"], rows))
     for task in tasks:
         notes = task.notes + [
-            f"{lost} {word} lines have no loss: the length limit would remove their whole answer"
+            f"{lost} {word} lines have no loss: --max-length would remove their whole answer"
             for (split, word), of_task in zip(WORDS.items(), splits)
             if (lost := len(getattr(task, split)) - len(of_task[task.name]))]
         if notes:

@@ -1,27 +1,29 @@
 """Which files hold task lines, and these lines, not parsed yet.
 
 A file is NAME.jsonl, with a JSON object a line, or NAME.json, with such lines or a list of them, or
-a table NAME.csv or NAME.tsv, whose first row names its columns; or one of these with .gz at its
-end. The text is UTF-8, UTF-16 or UTF-32.
+a table NAME.csv or NAME.tsv, whose first row names its columns. The text is UTF-8, UTF-16 or
+UTF-32.
 """
 
 import codecs
 import csv
-import gzip
 import io
 import json
 import os
 import re
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from .forms import form_of
 
 WORDS = {"train": "training", "valid": "validation", "test": "test"}     # of splits
-ENDING = re.compile(r"\.(jsonl?|csv|tsv)(\.gz)?$", re.IGNORECASE)
-TABLE = re.compile(r"\.[ct]sv(\.gz)?$", re.IGNORECASE)
+ENDING = re.compile(r"\.(jsonl?|csv|tsv)$", re.IGNORECASE)
+TABLE = re.compile(r"\.[ct]sv$", re.IGNORECASE)
+# A field that begins with a quote and does not end with one, as '"No", he said' in a table that
+# knows no quotes. A quote in a quoted field is written twice.
+LOOSE_QUOTE = re.compile(r'(?:^|\t)"(?!(?:[^"]|"")*"(?:\t|\r?$))', re.MULTILINE)
 Columns = Sequence[str]          # those of prompt and answer in tables; () if a form names them
 
 
@@ -61,7 +63,7 @@ def scan(data: Path, columns: Columns = ()) -> tuple[dict[str, Path], list[Path]
     """Files of task lines, by name without ending; folders; and what to say of other files that may
     hold lines: in a folder, or of one file. Hidden folders are left out, and what macOS (._*) and
     Emacs (.#*) put beside files. FileNotFoundError for a link that leads nowhere, ValueError for
-    two files of a name.
+    two files of a name, and for a pipe or a device, which cannot be read twice.
     """
     files, folders, others = dict[str, Path](), list[Path](), list[str]()
     for path in sorted(data.iterdir()) if data.is_dir() else [data]:
@@ -73,6 +75,8 @@ def scan(data: Path, columns: Columns = ()) -> tuple[dict[str, Path], list[Path]
                                     "exist: mend or remove it")
         if path.is_dir():
             folders.append(path)
+        elif not path.is_file() and (name != path.name or path == data):
+            raise ValueError(f"{path} is a pipe or a device: write its lines into a .jsonl file")
         elif path.suffix.lower() == ".parquet":
             others.append(f"{path.name} not read: write its lines into a .jsonl or .csv file")
         elif name != path.name and (reason := holds_no_lines(path, columns)):
@@ -107,16 +111,14 @@ def raw_lines(file: Path, columns: Columns = ()) -> list[bytes]:
     """
     content = file.read_bytes()
     try:
-        if file.suffix.lower() == ".gz":
-            content = gzip.decompress(content)
         if not (encoding := json.detect_encoding(content)).startswith("utf-8"):
             content = content.decode(encoding).encode()
         content = content.removeprefix(codecs.BOM_UTF8)
         if TABLE.search(file.name):
-            return table_rows(content, ".tsv" in file.name.lower(), columns)
+            return table_rows(content, file.suffix.lower() == ".tsv", columns)
         if content.lstrip()[:1] == b"[":
             return [json.dumps(item).encode() for item in json.loads(content)]
-    except (EOFError, OSError, RecursionError, ValueError, csv.Error, zlib.error) as e:
+    except (RecursionError, ValueError) as e:
         raise ValueError(f"it cannot be read: {e}") from None
     return content.split(b"\n")
 
@@ -126,7 +128,8 @@ def table_rows(content: bytes, tabs: bool, columns: Columns) -> list[bytes]:
     names the columns; of `columns`, two names, only these are read, as prompt and completion.
 
     Columns are separated by tabs, or by what the first row has more of, commas or semicolons (which
-    Excel writes where a comma is the decimal point).
+    Excel writes where a comma is the decimal point). Quotes enclose fields, but with LOOSE_QUOTE in
+    a table with tabs they are text.
     """
     try:
         text = content.decode()
@@ -135,16 +138,18 @@ def table_rows(content: bytes, tabs: bool, columns: Columns) -> list[bytes]:
         raise ValueError(f"line {line} is not UTF-8: save the table as CSV UTF-8") from None
     first = text.partition("\n")[0]
     between = "\t" if tabs else max(",;", key=first.count)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=between, strict=True)
-    names, lines = [name.strip() for name in next(rows, [])], [b""]
+    loose = tabs and LOOSE_QUOTE.search(text)
+    rows = read_rows(csv.reader(io.StringIO(text, newline=""), delimiter=between, strict=True,
+                                quoting=csv.QUOTE_NONE if loose else csv.QUOTE_MINIMAL))
+    names, lines = [name.strip() for name in next(rows, (0, []))[1]], [b""]
     if missing := [name for name in columns if name not in names]:
         raise ValueError(f"it has no column {', '.join(missing)}; it has {', '.join(names)}")
     if len({*names}) < len(names):
         raise ValueError(f"two of its columns have one name: {', '.join(names)}")
-    for row in rows:
-        lines += [b""] * (rows.line_num - 1 - len(lines))
+    for number, row in rows:
+        lines += [b""] * (number - 1 - len(lines))
         if any(map(str.strip, row)) and len(row) != len(names):
-            raise ValueError(f"line {rows.line_num} has {len(row)} fields where the first row "
+            raise ValueError(f"line {number} has {len(row)} fields where the first row "
                              f"names {len(names)}; a text with {between!r} stands in quotes")
         fields = dict(zip(names, row))
         if columns:
@@ -152,3 +157,15 @@ def table_rows(content: bytes, tabs: bool, columns: Columns) -> list[bytes]:
                       zip(("prompt", "completion"), columns)}
         lines.append(json.dumps(fields).encode() if any(map(str.strip, row)) else b"")
     return lines
+
+
+def read_rows(reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """Each row of a csv.reader, with the number of its last line. ValueError with the first line of
+    a row that cannot be read."""
+    first = 1
+    try:
+        for row in reader:
+            yield reader.line_num, row
+            first = reader.line_num + 1
+    except csv.Error as e:
+        raise ValueError(f"line {first}: {e}") from None

@@ -1,4 +1,4 @@
-"""The forms in which people have task lines, as chat messages under OpenAI's present keys.
+"""The forms in which people have task lines, as chat messages under OpenAI's keys.
 
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
     {"prompt": ..., "completion": ...}                 two texts, or two lists of messages (TRL)
@@ -17,7 +17,7 @@ FORMS = {"messages": ("messages",), "prompt and completion": ("prompt", "complet
          "question and answer": ("question", "answer"), "text and label": ("text", "label"),
          "conversations": ("conversations",)}
 KEYS: Any = {"from": "role", "value": "content"}         # of a message
-ROLES = {"human": "user", "gpt": "assistant", "function": "tool"}
+ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def form_of(line: Json) -> str:
@@ -48,15 +48,13 @@ def messages_of(line: Json, form: str) -> Sequence[Json]:
 
 
 def as_message(message: Any) -> dict[str, Any]:
-    """A message under OpenAI's present keys and roles, its content one text. ValueError if it has
+    """A message under OpenAI's keys and roles, its content one text. ValueError if it has
     no role, or parts that are no text."""
     m: dict[str, Any] = {}
     if isinstance(message, dict):
         m = {KEYS.get(key, key): value for key, value in message.items()}
     if not isinstance(role := m.get("role"), str):
         raise ValueError("each message needs a string role and a string content")
-    if call := m.pop("function_call", None):
-        m["tool_calls"] = [{"type": "function", "function": call}]
     if isinstance(parts := m.get("content"), list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
             raise ValueError("a content has parts that are no text")
@@ -64,16 +62,12 @@ def as_message(message: Any) -> dict[str, Any]:
     return m | {"role": ROLES.get(role, role)}
 
 
-def tools_of(line: Json) -> Any:
-    """The schemas of functions in a line, under "tools" or the older "functions"."""
-    older = line.get("functions")
-    return line.get("tools") or isinstance(older, list) and [
-        {"type": "function", "function": function} for function in older] or None
-
-
 def text_of(line: Json, key: str) -> str:
-    """The text of a key; "" if the key is one that may be absent, and is. ValueError for others."""
+    """The text of a key; "" if the key is one that may be absent, and is; a label may be a number.
+    ValueError for others."""
     text = line.get(key)
+    if key == "label" and type(text) is int:
+        return str(text)
     if text is None and key in ("input", "system"):
         return ""
     if not isinstance(text, str):

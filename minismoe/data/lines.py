@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import Columns, raw_lines
-from .forms import FORMS, form_of, messages_of, text_of, tools_of
+from .forms import FORMS, form_of, messages_of, text_of
 from .tokenizer import Message
 from .tools import Function, calls_of, functions, with_tools
 
@@ -104,11 +104,11 @@ def to_messages(line: Any, contents: Contents | None = None) -> list[Message]:
         raise ValueError(f"not a JSON object but {type(line).__name__}")
     form = form_of(line)
     refuse_reasoning(line, "the line")
-    tools = functions(tools_of(line), "tools")
+    tools = functions(line.get("tools"), "tools")
     messages = checked_messages(messages_of(line, form), tools, contents)
     contents.forms[form] += 1
     contents.systems += messages[0]["role"] == "system" or bool(line.get("system"))
-    taken = (*FORMS[form], "system", "tools", "functions")
+    taken = (*FORMS[form], "system", "tools")
     contents.ignored.update(key for key in line if key not in taken)
     return with_tools(with_system(messages, text_of(line, "system")), tools)
 

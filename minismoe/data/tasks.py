@@ -6,6 +6,7 @@ files.py says which files are read, and forms.py what their lines hold.
 
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..io.files import naming
 from ..method.loss import IGNORE
-from .files import WORDS, Columns, scan, task_places
+from .files import TABLE, WORDS, Columns, scan, task_places
 from .lines import BadLines, Contents, Conversation, read_lines, refuse_lines
 from .tokenizer import Message, Tokenizer
 
@@ -25,6 +26,7 @@ MOST_CHOICES = 300               # answers of a task that are still a small set
 HELD_OUT = 0.1                   # share of the training lines, for a split that has no file
 MOST_TESTED, MOST_VALIDATED = 1000, 64       # lines of that share; validation is read many times
 SHORT, MOST_SHORT = 32, 0.9      # see `are_short`
+WORD = re.compile(r"\w+")
 Batch = tuple[Tensor, Tensor, Tensor]        # input_ids, attention_mask, labels, each (B, T)
 
 
@@ -44,7 +46,8 @@ class Task:
 
     def __post_init__(self) -> None:
         """Find what all lines share, before --limit-train leaves some of them out."""
-        self.choices = closed_answers(self.train)            # the answers, if they are a small set
+        # The answers, if they are a small set.
+        self.choices = closed_answers(self.train, [*self.valid, *self.test])
         self.instruction = shared_instruction(self.train)    # lines that begin all prompts
 
 
@@ -129,6 +132,8 @@ def _load_task(name: str, path: Path, seed: int, columns: Columns, bad: BadLines
         notes.append(f"{left_out} training lines left out, as they are in the test or validation")
         if not train:
             bad[files["train"], "all its lines are test or validation lines, too"].append(0)
+    if columns and not any(TABLE.search(file.name) for file in files.values()):
+        notes.append(f"--columns is for tables (.csv, .tsv), and {files['train'].name} is none")
     if more := [file.name for name, file in files.items() if name not in WORDS]:
         notes.append(f"{', '.join(more)} not read: a split is train, valid or test.jsonl")
     if twice := len(train) - len({comparable(messages) for messages in train}):
@@ -166,17 +171,22 @@ def without(lines: Sequence[list[Message]], others: Iterable[list[Message]]) -> 
     return [messages for messages in lines if comparable(messages) not in known]
 
 
-def closed_answers(conversations: Sequence[Sequence[Message]]) -> list[str]:
-    """The answers of a task, sorted, if they are a small closed set; else none.
+def closed_answers(train: Sequence[Sequence[Message]],
+                   held_out: Sequence[Sequence[Message]] = ()) -> list[str]:
+    """The answers of training lines, sorted, if they are a small closed set; else none.
 
     The share of lines whose answer is unique estimates how often a new line has an unseen answer
-    (Good 1953): a set is closed if that is at most one line in a hundred.
+    (Good 1953): a set is closed if that is at most one line in a hundred, and if no line that is
+    held out has another answer. Prompts of the same words count once.
     """
-    if any("tool_calls" in messages[-1] for messages in conversations):
+    if any("tool_calls" in messages[-1] for messages in (*train, *held_out)):
         return []
-    counts = Counter(messages[-1]["content"].strip() for messages in conversations)
+    lines = {(*(" ".join(WORD.findall(m.get("content", "").lower())) for m in messages[:-1]),
+              messages[-1]["content"].strip()) for messages in train}
+    counts = Counter(line[-1] for line in lines)
     once = sum(number == 1 for number in counts.values())
-    closed = len(counts) <= MOST_CHOICES and 100 * once <= len(conversations)
+    closed = len(counts) <= MOST_CHOICES and 100 * once <= len(lines) and all(
+        messages[-1]["content"].strip() in counts for messages in held_out)
     return sorted(counts) if closed else []
 
 

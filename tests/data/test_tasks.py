@@ -1,9 +1,9 @@
 """Task files, supervision and batches, against independent readings of the same text."""
 
 import csv
-import gzip
 import io
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,14 @@ def chatml(bpe: Path) -> Tokenizer:
     {"instruction": "the cat?", "output": "yes"},
     {"instruction": "the cat?", "input": "", "output": "yes"},
     {"instruction": "the cat?", "input": None, "output": "yes"},
-    {"instruction": "the", "input": "cat?", "output": "yes"}])
+    {"instruction": "the", "input": "cat?", "output": "yes"},
+    {"text": "the cat?", "label": 7}])
 def test_each_form_of_a_line_becomes_messages(line: dict[str, Any]) -> None:
     wanted = PAIR_MESSAGES
     if line.get("input"):
         wanted = [say("user", "the\ncat?"), say("assistant", "yes")]
+    if "label" in line:
+        wanted = [PAIR_MESSAGES[0], say("assistant", "7")]
     assert to_messages(line) == wanted
 
 
@@ -216,12 +219,12 @@ def test_each_kind_of_file_holds_the_same_lines(tmp_path: Path) -> None:
     for name, content in {
             "a.jsonl": text.encode(), "b.json": json.dumps(values, indent=1).encode(),
             "c.csv": b"id,text\n1,hello\n", "d.JSONL": text.encode("utf-16"),
-            "e.jsonl.gz": gzip.compress(text.encode()), "f.json": text.encode(),
-            "g.jsonl": json.dumps(values).encode(), "h.jsonl": text.encode("utf-16-be"),
-            "i.jsonl": text.encode("utf-16-le"), "settings.json": b'{\n "a": [1]}'}.items():
+            "e.json": text.encode(), "f.jsonl": json.dumps(values).encode(),
+            "g.jsonl": text.encode("utf-16-be"), "h.jsonl": text.encode("utf-16-le"),
+            "settings.json": b'{\n "a": [1]}'}.items():
         (tmp_path / name).write_bytes(content)
     tasks = load_tasks(tmp_path)
-    assert [task.name for task in tasks] == [*"abdefghi"]
+    assert [task.name for task in tasks] == [*"abdefgh"]
     for task in tasks:
         assert all(isinstance(vars(line)["key"], bytes) for line in task.train)  # computed once
         assert sorted(prompts(task.train + task.valid + task.test)) == [f"q{i}" for i in range(9)]
@@ -244,8 +247,7 @@ ROWS = [("Where is it?", "here"), ('He said "no", twice', "a,b; c\td"), ("two\nl
 
 
 @pytest.mark.parametrize("name, between, encoding", [
-    ("a.csv", ",", "utf-8"), ("a.csv", ";", "utf-8-sig"), ("a.TSV", "\t", "utf-16"),
-    ("a.csv.gz", ",", "utf-8")])
+    ("a.csv", ",", "utf-8"), ("a.csv", ";", "utf-8-sig"), ("a.TSV", "\t", "utf-16")])
 @pytest.mark.parametrize("columns", [
     "prompt,completion", "question,answer", "text,label", "instruction,output", "Q, A "])
 def test_a_table_holds_the_same_lines(tmp_path: Path, name: str, between: str, encoding: str,
@@ -254,8 +256,7 @@ def test_a_table_holds_the_same_lines(tmp_path: Path, name: str, between: str, e
     text, names = io.StringIO(newline=""), [*columns.split(",")]
     writer = csv.writer(text, delimiter=between)
     writer.writerows([["id", *names], *([str(i), *row] for i, row in enumerate(ROWS))])
-    content = text.getvalue().encode(encoding)
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (tmp_path / name).write_bytes(text.getvalue().encode(encoding))
     named = [n.strip() for n in names] if "Q" in columns else ()
     [task] = load_tasks(tmp_path / name, columns=named)
     found = {(m[0]["content"], m[1]["content"]) for m in task.train + task.valid + task.test}
@@ -266,7 +267,8 @@ def test_a_table_holds_the_same_lines(tmp_path: Path, name: str, between: str, e
 @pytest.mark.parametrize("content, columns, reason", [
     (b"text,label\na,b\nc\n", (), ":.* line 3 has 1 fields where the first row names 2; a text "
      "with ',' stands in quotes"),
-    (b'text,label\na,"b\nc,d\n', (), ":.* unexpected end of data"),
+    (b'text,label\na,"b\nc,d\n', (), ":.* line 2: unexpected end of data"),
+    (b'text,label\na,b\na,"b"c\n', (), ":.* line 3: ',' expected after '\"'"),
     (b"text,label\na,b\n\xe9,b\n", (), ":.* line 3 is not UTF-8: save the table as CSV UTF-8"),
     (b"text,text\na,b\n", (), ":.* two of its columns have one name: text, text"),
     (b"a,b\nc,d\n", ("a", "x"), ":.* it has no column x; it has a, b"),
@@ -279,6 +281,32 @@ def test_a_bad_table_is_refused_with_its_line(tmp_path: Path, content: bytes, co
         load_tasks(tmp_path, columns=columns)
 
 
+def test_loose_quotes_in_a_table_with_tabs_are_text(tmp_path: Path) -> None:
+    loose, closed = '"No", he said\tb\n', '"a ""b"\tc\n"two\nlines"\td\n'
+    for text, wanted in ((loose, ['"No", he said']), (closed, ['a "b', "two\nlines"]),
+                         (closed + loose, None)):
+        (tmp_path / "a.tsv").write_text("text\tlabel\n" + text)
+        if wanted is None:
+            with pytest.raises(ValueError, match="line 3 has 1 fields"):
+                load_tasks(tmp_path)
+            continue
+        task, = load_tasks(tmp_path)
+        assert sorted(prompts(task.train + task.test)) == wanted
+
+
+def test_columns_beside_lines_and_pipes_are_told(tmp_path: Path) -> None:
+    put(tmp_path, a=lines(*numbered(3)))
+    task, = load_tasks(tmp_path, columns=("Q", "A"))
+    assert "--columns is for tables (.csv, .tsv), and a.jsonl is none" in task.notes
+    (tmp_path / "b.csv").write_text("Q,A\nx,y\nz,y\n")
+    assert not any("--columns" in note for note in load_tasks(
+        tmp_path, ["b"], columns=("Q", "A"))[0].notes)
+    os.mkfifo(tmp_path / "c.jsonl")
+    for place in (tmp_path, tmp_path / "c.jsonl", Path("/dev/null")):
+        with pytest.raises(ValueError, match="is a pipe or a device: write its lines into a"):
+            load_tasks(place)
+
+
 def test_a_table_of_other_columns_asks_for_their_names(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("Frage,Antwort,Datum\na,b,c\n")
     with pytest.raises(FileNotFoundError, match="a.csv not read: its columns are Frage, Antwort, "
@@ -288,7 +316,6 @@ def test_a_table_of_other_columns_asks_for_their_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name, content", [
-    ("a.jsonl.gz", b"no gzip"), ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-6]),
     ("a.jsonl", b"[{}"), ("a.jsonl", b"\xff\xfea"), ("a.jsonl", b"[" * 100_000)])
 def test_a_file_that_cannot_be_read_is_one_reason(tmp_path: Path, name: str, content: bytes,
                                                   ) -> None:
@@ -317,20 +344,6 @@ def test_a_split_of_another_name_or_form_is_told(tmp_path: Path) -> None:
     (root / "u" / "train.csv").write_text("a,b\n1,2\n")
     for name, note in zip(("test.tsv", "train.csv"), load_tasks(root)[0].notes[-2:]):
         assert note.startswith(f"{name} not read: ")
-
-
-def test_older_calls_of_functions_are_renamed() -> None:
-    function = {"name": "light", "parameters": {"type": "object", "properties": {}}}
-    ask, call = say("user", "light!"), {"name": "light", "arguments": '{"on": true}'}
-    older = {"messages": [ask, {"role": "assistant", "content": None, "function_call": call},
-                          {"role": "function", "name": "light", "content": "ok"},
-                          say("assistant", "It is on.")], "functions": [function]}
-    calls = [{"type": "function", "function": call}]
-    newer = {"messages": [ask, {"role": "assistant", "content": None, "tool_calls": calls},
-                          {"role": "tool", "name": "light", "content": "ok"},
-                          say("assistant", "It is on.")],
-             "tools": [{"type": "function", "function": function}]}
-    assert to_messages(older) == to_messages(newer)
 
 
 def test_an_unknown_task_or_folder_is_refused(tmp_path: Path) -> None:
@@ -668,8 +681,17 @@ def test_what_a_template_refuses_is_named(tmp_path, monkeypatch) -> None:
     ([str(n) for n in range(300)] * 2, sorted(map(str, range(300)))),
     ([str(n) for n in range(301)] * 2, [])])
 def test_a_small_set_of_answers_is_closed(answers: list[str], expected: list[str]) -> None:
-    """At most 300, and at most one line in a hundred has an answer of its own."""
-    assert closed_answers([[say("user", "q"), say("assistant", a)] for a in answers]) == expected
+    """At most 300, and at most one line in a hundred has an answer of its own. Lines of one wording
+    count once, and a line that is held out may not have another answer."""
+    asked = [[say("user", f"q{i}"), say("assistant", a)] for i, a in enumerate(answers)]
+    assert closed_answers(asked) == expected
+    repeated = [[say("user", f" Q{i}?"), line[1]] for i, line in enumerate(asked)]
+    assert closed_answers(asked + repeated) == expected
+    known, unknown = ([say("user", "new"), say("assistant", a)] for a in (answers[0], "z"))
+    assert closed_answers(asked, [known]) == expected
+    assert closed_answers(asked, [known, unknown]) == []
+    assert Task("t", asked, [known], [unknown]).choices == []
+    assert Task("t", asked, [unknown]).choices == []
 
 
 @pytest.mark.parametrize("prompts, expected", [

@@ -327,7 +327,8 @@ def test_a_bad_line_is_refused_with_its_place(tmp_path: Path, bad: Any, reason: 
 
 
 def test_calls_are_no_closed_set_of_answers() -> None:
-    assert closed_answers([to_messages(CHATS["answer"])] * 9) == ["It is on."]
+    lines = [[{"role": "user", "content": f"q{i}"}, *to_messages(CHATS["answer"])] for i in (0, 1)]
+    assert closed_answers(lines) == ["It is on."]
     assert closed_answers([to_messages(CHATS[n]) for n in ("answer", "call")] * 9) == []
 
 
