@@ -34,7 +34,6 @@ from minismoe.method.experts import add_experts
 from minismoe.method.sensitivity import Scores
 from minismoe.model.checkpoint import load_adapter, save_adapter
 from minismoe.model.decoder import CausalLM, meta_model
-from minismoe.training.copies import multiplying_copies
 from minismoe.training.evaluate import evaluating
 from minismoe.training.judge import SHOWN, Judgement, judge
 from minismoe.training.loop import TrainConfig, train, with_defaults
@@ -155,7 +154,7 @@ def what_next(run: Path, cfg: TrainConfig, model: CausalLM, examples: Sequence[E
 def score(inputs: Inputs, when: str, config: RunConfig) -> dict[str, Judgement]:
     """What the model does with the test lines of each task, with a bar."""
     judgements, fitting = {}, evaluating(config.micro)
-    with multiplying_copies(inputs.model), progress_bar(
+    with progress_bar(
             total=sum(len(asked.lines) for asked in inputs.asked.values()), unit="line",
             desc=f"evaluate {when}") as bar:
         for i, (name, asked) in enumerate(inputs.asked.items()):

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..method.experts import linear_outputs
 from .config import Config
 from .tokens import Cache, Tokens
 
@@ -44,8 +43,6 @@ class Attention(nn.Module):
     y = o_proj(sigmoid(gate) * attention).
     """
 
-    same_input = (("q_proj", "k_proj", "v_proj"),)
-
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
         self.layer, self.window, self.size = layer, cfg.windows[layer], cfg.head_dim
@@ -61,7 +58,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, tokens: Tokens, rope: Rope) -> Tensor:
         """(N, D) -> (N, D); keys and values are added to the cache, if there is one."""
         q, k, v = (y.unflatten(1, (-1, self.size))                       # (N, H or K, C)
-                   for y in linear_outputs(x, self.q_proj, self.k_proj, self.v_proj))
+                   for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
         if self.gated:
             q, gate = q[:, ::2], q[:, 1::2]
         heads = q.shape[1], k.shape[1]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..method.experts import expert_layers, linear_outputs
+from ..method.experts import expert_layers
 from .attention import Attention, RMSNorm, Rope, ShortConv, rope_frequencies
 from .config import Config
 from .delta import DeltaNet
@@ -29,8 +29,6 @@ ACTIVATIONS: dict[str, Any] = {
 
 class MLP(nn.Module):
     """down(f(gate x) * up x), where f is one of ACTIVATIONS, such as silu(z) = z sigmoid(z)."""
-
-    same_input = (("gate_proj", "up_proj"),)
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -44,7 +42,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = (self.input_linear(x).chunk(2, -1) if self.fused
-                    else linear_outputs(x, self.gate_proj, self.up_proj))
+                    else (self.gate_proj(x), self.up_proj(x)))
         return self.down_proj(ACTIVATIONS[self.activation](gate) * up)
 
 

@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..method.experts import linear_outputs
 from .attention import RMSNorm, Rope, after_past, rms_norm
 from .config import Config
 from .tokens import Tokens
@@ -68,8 +67,6 @@ class DeltaNet(nn.Module):
     """q, k, v = silu(conv(in_proj_qkv x)), in_proj_b and in_proj_a give the rate and the fading of
     each head, and y = out_proj(norm(delta rule) * silu(in_proj_z x))."""
 
-    same_input = (("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),)
-
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
         self.layer, self.past, self.parts = layer, cfg.conv_size - 1, cfg.delta_parts
@@ -88,8 +85,8 @@ class DeltaNet(nn.Module):
     def forward(self, x: Tensor, tokens: Tokens, rope: Rope) -> Tensor:
         """(N, D) -> (N, D); the memory, and the last inputs of the convolution, are kept in the
         cache."""
-        qkv, z, b, a = linear_outputs(x, self.in_proj_qkv, self.in_proj_z, self.in_proj_b,
-                                      self.in_proj_a)
+        qkv, z = self.in_proj_qkv(x), self.in_proj_z(x)
+        b, a = self.in_proj_b(x), self.in_proj_a(x)
         qkv = after_past(qkv, tokens, self.layer, self.past)             # (B, past + T, channels)
         qkv = F.silu(self.conv1d(qkv.mT)).mT
         dtype = torch.promote_types(x.dtype, torch.float32)

@@ -99,6 +99,21 @@ def dequantize(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
     return weight
 
 
+class _Multiply(torch.autograd.Function):
+    """y = x W^T + b;   dx = dy W. The backward computes W again instead of keeping it. Compared
+    with autograd in tests/model/test_quantized_base.py."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight.dense(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return dy @ ctx.weight.dense(), None, None
+
+
 class BlockWeight(nn.Module):
     """A frozen weight (N, K) stored in blocks; each call of `dense` computes it in `dtype`."""
 
@@ -110,6 +125,10 @@ class BlockWeight(nn.Module):
         self.bits, self.size, self.shape, self.dtype = blocks.bits, blocks.size, blocks.shape, dtype
         self.register_buffer("data", blocks.data)
         self.register_buffer("scales", blocks.scales)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias: (..., K) -> (..., N)."""
+        return _Multiply.apply(x, self, bias)
 
     @property
     def device(self) -> torch.device:
@@ -140,6 +159,10 @@ class WideWeight(nn.Module):
         self.dtype = dtype
         self.stored, self.shape = nn.Parameter(stored, requires_grad=False), stored.shape
 
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias: (..., K) -> (..., N)."""
+        return _Multiply.apply(x, self, bias)
+
     @property
     def device(self) -> torch.device:
         return self.stored.device
@@ -154,21 +177,6 @@ class WideWeight(nn.Module):
         return self.stored[numbers].to(self.dtype)
 
 
-class _Multiply(torch.autograd.Function):
-    """y = x W^T + b;   dx = dy W. The backward computes W again instead of keeping it. Compared
-    with autograd in tests/model/test_quantized_base.py."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
-        return F.linear(x, weight.dense(), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return dy @ ctx.weight.dense(), None, None
-
-
 class BlockLinear(nn.Linear):
     """An nn.Linear of a weight that is computed when it is needed, as a BlockWeight is."""
 
@@ -181,7 +189,7 @@ class BlockLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        return _Multiply.apply(x, self.weight, self.bias)
+        return self.weight(x, self.bias)
 
 
 class BlockEmbedding(nn.Module):

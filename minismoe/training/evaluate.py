@@ -19,7 +19,6 @@ from ..io.text import out_of_memory
 from ..method.loss import head_scores, supervised_tokens
 from ..model.decoder import CausalLM
 from ..model.tokens import Cache, Tokens, to_device_together
-from .copies import multiplying_copies
 
 Result = TypeVar("Result")
 
@@ -72,11 +71,10 @@ def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: 
     limits = ([max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int)
               else max_new_tokens)
     batches, answers = alike([*map(len, prompts)], batch_size), dict[int, list[int]]()
-    with multiplying_copies(model):
-        for batch in batches:
-            answers |= zip(batch, _generate_batch(
-                model, [prompts[n] for n in batch], [limits[n] for n in batch], stop_ids))
-            progress(len(batch))
+    for batch in batches:
+        answers |= zip(batch, _generate_batch(
+            model, [prompts[n] for n in batch], [limits[n] for n in batch], stop_ids))
+        progress(len(batch))
     return [answers[n] for n in range(len(prompts))]
 
 
@@ -145,8 +143,7 @@ def token_scores(model: CausalLM, examples: Sequence[Example], pad_id: int, batc
         return losses.sum().item(), int(right.sum()), len(targets), len(lines) - wrong
 
     batches = alike([len(e.ids) for e in examples], batch_size)
-    with multiplying_copies(model):
-        losses, rights, counts, lines = map(sum, zip(*map(sums, batches)))
+    losses, rights, counts, lines = map(sum, zip(*map(sums, batches)))
     return TokenScores(losses / counts, rights / counts, lines)
 
 

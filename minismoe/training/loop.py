@@ -25,7 +25,6 @@ from ..method.experts import balance_loss, expert_layers, expert_parameters, tak
 from ..method.loss import head_losses
 from ..model.decoder import CausalLM
 from ..model.tokens import to_device_together
-from .copies import Copies
 from .evaluate import HalvingBatch, evaluating, supervised, token_scores
 from .resume import TrainingState, first_state, save_checkpoint
 from .schedule import defaults, learning_rate
@@ -106,7 +105,7 @@ class Trainer:
         self.by_answers = are_short([e.supervised for e in valid])
         self.chooses = cfg.keep == "best" and (len(valid) >= ENOUGH or not self.by_answers)
         self.fitting, self.evaluating = HalvingBatch(cfg.micro, "training"), evaluating(cfg.micro)
-        self.copies, self.device = Copies(model), model.lm_head.weight.device
+        self.layers, self.device = expert_layers(model), model.lm_head.weight.device
         self.parameters = {n: p for n, p in expert_parameters(model).items() if p.requires_grad}
         self.best: dict[str, Tensor] = {}
         self.prompt_weight = cfg.prompt_loss_weight or 0.0
@@ -124,7 +123,7 @@ class Trainer:
         micro-batch, weighted by its tokens.
         """
         self.optimizer.zero_grad()
-        take_logits(self.copies.layers)      # they hold the graph of a batch that did not fit
+        take_logits(self.layers)             # they hold the graph of a batch that did not fit
         sums = list[Tensor]()
         tasks, answers = sorted({e.task for e in batch}), sum(e.supervised for e in batch)
         for i in range(0, len(batch), micro):
@@ -132,18 +131,16 @@ class Trainer:
             part = sorted(batch[i:i + micro], key=lambda e: e.ids)
             task = torch.tensor([*(tasks.index(e.task) for e in part), len(tasks)])      # prompts
             task = to_device_together({"": task}, self.device)[""]
-            with self.copies.multiplying():
-                hidden, targets, numbers, tokens = supervised(
-                    self.model, part, self.pad_id, self.cfg.recompute,
-                    prompts=self.prompt_weight > 0)
-                losses = head_losses(hidden, self.model.lm_head.weight, targets,
-                                     self.cfg.label_smoothing or 0.0)
-                by_task = losses.new_zeros(len(tasks) + 1).index_add(
-                    0, task[numbers], losses * tokens.repeats[tokens.read])
-                balance = balance_loss(take_logits(self.copies.layers), tokens.repeats)
-                balance = balance * (sum(len(e.ids) for e in part) / sum(len(e.ids) for e in batch))
-                loss = (by_task[:-1].sum() + self.prompt_weight * by_task[-1]) / answers
-                (loss + self.cfg.router_aux_loss_coef * balance).backward()
+            hidden, targets, numbers, tokens = supervised(
+                self.model, part, self.pad_id, self.cfg.recompute, prompts=self.prompt_weight > 0)
+            losses = head_losses(hidden, self.model.lm_head.weight, targets,
+                                 self.cfg.label_smoothing or 0.0)
+            by_task = losses.new_zeros(len(tasks) + 1).index_add(
+                0, task[numbers], losses * tokens.repeats[tokens.read])
+            balance = balance_loss(take_logits(self.layers), tokens.repeats)
+            balance = balance * (sum(len(e.ids) for e in part) / sum(len(e.ids) for e in batch))
+            loss = (by_task[:-1].sum() + self.prompt_weight * by_task[-1]) / answers
+            (loss + self.cfg.router_aux_loss_coef * balance).backward()
             sums.append(torch.cat([by_task.detach(), balance.detach()[None]]))
         return torch.stack(sums).sum(0)
 

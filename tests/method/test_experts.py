@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import peft
@@ -22,14 +21,11 @@ from minismoe.method.experts import (
     add_experts,
     balance_loss,
     expert_layers,
-    expert_parameters,
-    linear_outputs,
     take_logits,
     top_k_gates,
 )
 from minismoe.model.decoder import CausalLM, Config
 from minismoe.model.tokens import Tokens
-from minismoe.training.copies import Copies
 
 COUNTS = {"model.layers.0.self_attn.q_proj": 1, "model.layers.0.self_attn.v_proj": 3,
           "model.layers.0.mlp.down_proj": 8, "model.layers.1.self_attn.o_proj": 3,
@@ -126,73 +122,6 @@ def test_any_sizes_equal_the_reference(N: int, E: int, k: int, r: int, in_: int,
                                        bias: bool, seed: int) -> None:
     layer = adapted(in_, out, E, r, k, bias=bias, seed=seed)
     compare(layer, torch.randn(N, in_, dtype=torch.float64))
-
-
-class Readers(nn.ModuleList):
-    """Layers that read the same x."""
-
-    same_input = ("0", "1", "2"),
-
-
-@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
-def test_a_hook_of_any_kind_is_called_where_layers_form_a_group(kind: str) -> None:
-    """And every parameter gets the same gradient."""
-    layers, called = [adapted(seed=0), adapted(seed=1)], list[str]()
-    x = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
-
-    def computed() -> list[Tensor]:
-        ys = linear_outputs(x, *layers)
-        for layer in layers:
-            layer.zero_grad()
-        sum(ys).square().sum().backward(retain_graph=True)       # copies have one graph
-        return [*(y.detach() for y in ys), *(p.grad for m in layers for p in m.parameters()
-                                             if p.requires_grad)]
-
-    with Copies(Readers(layers)).multiplying():
-        expected = computed()
-        getattr(layers[1], f"register_{kind}_hook")(lambda *_: called.append(kind))
-        found = computed()
-    assert called == [kind]
-    torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize(("experts", "k"), [
-    ((4, 4, 4), 2), ((2, 5, 3), 1), ((1, 4, 1), 4), ((1, 1, 1), 2), ((2, 1, 5), 2)])
-def test_a_group_equals_its_layers_by_themselves(experts: tuple[int, ...], k: int) -> None:
-    layers = [adapted(out=4 + i, experts=E, k=k, seed=i) for i, E in enumerate(experts)]
-    x = torch.randn(6, 7, dtype=torch.float64)
-    found, copies = [], Copies(Readers(layers))
-    assert len(copies.groups) == 1
-
-    def together(x: Tensor) -> list[Tensor]:
-        with copies.multiplying():
-            return linear_outputs(x, *layers)
-
-    for outputs in (together, lambda x: [plain(layer)(x) for layer in layers]):
-        inputs = x.clone().requires_grad_()
-        for layer in layers:
-            layer.zero_grad()
-        ys = outputs(inputs)
-        sum((y * (y.detach() + i)).sum() for i, y in enumerate(ys)).backward()
-        found.append([*ys, inputs.grad, *(p.grad.clone() for m in layers for p in m.parameters()
-                                          if p.requires_grad)])
-    torch.testing.assert_close(*found)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_copies_give_every_parameter_its_gradient(dtype: torch.dtype) -> None:
-    counts = COUNTS | {"model.layers.0.self_attn.k_proj": 2, "model.layers.1.mlp.up_proj": 1}
-    model, (ids, mask), results = ours(llama()).to(dtype), batch(), []
-    randomise(add_experts(model, counts, rank=2))
-    for copies in nullcontext(), Copies(model).multiplying():
-        model.zero_grad()
-        with copies:
-            loss = model(ids, mask)[mask.bool()].float().logsumexp(-1).square().sum()
-            loss = loss + balance_loss(take_logits(expert_layers(model)), torch.ones(19))
-            loss.backward()
-        results.append([loss.detach(), *(p.grad for p in expert_parameters(model).values())])
-    for a, b in zip(*results, strict=True):
-        assert (a - b).norm() <= (1e-7 if dtype == torch.float64 else 0.02) * b.norm()
 
 
 def test_gradients_add_up_over_two_calls_of_one_layer() -> None:

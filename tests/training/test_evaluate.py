@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from tiny import examples, tiny
 
 from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
-from minismoe.method.experts import expert_layers
 from minismoe.model.decoder import CausalLM, Config
-from minismoe.training.copies import Copies, multiplying_copies
-from minismoe.training.evaluate import Accuracy, evaluate, generate, questions, token_scores
+from minismoe.training.evaluate import Accuracy, evaluate, generate, questions
 
 TINY = Config(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
               num_attention_heads=4, num_key_value_heads=2, head_dim=8, windows=(None, None))
@@ -53,17 +50,6 @@ def test_each_prompt_has_its_own_limit(model: CausalLM) -> None:
     free = [greedy(model, p, 12, []) for p in PROMPTS]
     limits = [3, 12, 0, 1, 7]
     assert generate(model, PROMPTS, limits, []) == [a[:n] for a, n in zip(free, limits)]
-
-
-def test_many_evaluations_share_one_set_of_copies(monkeypatch) -> None:
-    """Hundreds of small tasks would make them again for each."""
-    made, copies, expert = [], Copies.multiplying, tiny()
-    monkeypatch.setattr(Copies, "multiplying", lambda self: made.append(self) or copies(self))
-    alone = generate(expert, PROMPTS[:3], 3, []), token_scores(expert, examples(4), 0)
-    assert len(made) == 2
-    with multiplying_copies(expert):
-        assert (generate(expert, PROMPTS[:3], 3, []), token_scores(expert, examples(4), 0)) == alone
-    assert len(made) == 3 and not any(layer.stack for layer in expert_layers(expert).values())
 
 
 def test_one_long_answer_lets_no_other_batch_run_on(model: CausalLM, monkeypatch) -> None:
