@@ -35,7 +35,8 @@ LINES = 13_600           # of the package and its scripts
 LIBRARIES = {"method": {"torch"}, "reference": {
     "torch", "safetensors", "onnx", "onnxruntime", "tokenizers"}}
 WITHOUT_TORCH = {                            # what the runtime reads
-    "minismoe.data.templates", "minismoe.data.tokenizer", "minismoe.data.tools"}
+    "minismoe.data.marks", "minismoe.data.templates", "minismoe.data.tokenizer",
+    "minismoe.data.tools"}
 
 
 def name_of(file: Path) -> str:

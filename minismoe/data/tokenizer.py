@@ -6,7 +6,7 @@ template. Without a tokenizer.json, tokens are bytes; without a template, DEFAUL
 
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import groupby, takewhile
@@ -17,12 +17,9 @@ from ..io.files import inside, naming, read_json
 from ..io.hub import resolve
 from ..model.config import text_part
 from . import templates
+from .marks import MARK, framed, mark, unmark
 from .templates import DEFAULT_TEMPLATE, chat_template
 from .tools import SHOWN, Message, read_answer
-
-# Unicode keeps these for a program's own use. MARK says that the next character is text, whatever
-# it looks like; BORDER is where a user's text begins and ends.
-MARK, BORDER = "\ufdd0", "\ufdd1"
 
 
 class ByteTokenizer:
@@ -162,25 +159,25 @@ class Tokenizer:
         """The tokens of a conversation: only the template writes special tokens, and what messages
         say is text, also if it looks like one. Without a generation prompt, as for training, it has
         spans, and raises the ValueErrors of `_turns`."""
-        marked = _mark(messages, self._special_text)
+        marked = mark(messages, self._special_text)
         if add_generation_prompt:
             text, spans = self.render(marked, True), list[range]()
         else:
             text, spans = self._turns(marked)
         ids, starts = self._encode_marked(text)
         for i, span in enumerate(spans):
-            first, last = (bisect_left(starts, len(_unmark(text[:n])))
+            first, last = (bisect_left(starts, len(unmark(text[:n])))
                            for n in (span.start, span.stop))
             if messages[i]["role"] == "assistant":           # a line end after it is not generated
                 last = next((n + 1 for n in range(first, last) if ids[n] in self.stop_ids), last)
-            elif first < last and starts[first] > len(_unmark(text[:span.start])):
+            elif first < last and starts[first] > len(unmark(text[:span.start])):
                 first -= 1                                   # the text begins amid it, as in " yes"
             spans[i] = range(first, last)
-        return Encoded(_unmark(text), ids, starts, spans)
+        return Encoded(unmark(text), ids, starts, spans)
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The conversation up to where the assistant's next answer begins, for `ids`."""
-        return self.render(_mark(messages, self._special_text), True)
+        return self.render(mark(messages, self._special_text), True)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text that comes from `prompt`."""
@@ -197,7 +194,7 @@ class Tokenizer:
         """
         prompts = {i: self.render(messages[:i], True) for i, m in enumerate(messages)
                    if i and m["role"] == "assistant" and m.get("weight") != 0}
-        text, spans = self._framed(messages)
+        text, spans = framed(messages, self.render)
         last = prompts.get(len(messages) - 1)
         if last is None or not text.startswith(last):        # perhaps for the frames
             text, spans = self.render(messages), [range(0)] * len(messages)
@@ -218,7 +215,7 @@ class Tokenizer:
     def _check_turn(self, message: Message, before: str, turn: str) -> None:
         """Raise ValueError if a turn that follows `before` cannot be learned as it is written."""
         answer = message.get("content", "").strip()
-        said = _unmark(answer)
+        said = unmark(answer)
         if ends := [t for t, id in self.special.items() if id in self.stop_ids and t in said]:
             raise ValueError(f"the answer holds {ends[0]}, which ends a turn: remove it")
         opening = turn[:turn.find(answer)] if answer in turn else ""
@@ -230,25 +227,6 @@ class Tokenizer:
             raise ValueError("the chat template leaves out tool_calls: give a template that writes "
                              "them, or write the calls as the turn's content")
 
-    def _framed(self, messages: Sequence[Message]) -> tuple[str, list[range]]:
-        """The messages, rendered with borders around users' texts, which are then taken out: the
-        text, and the characters of each user's text. "" if the template refuses borders; no
-        characters if it repeats a text or leaves it out."""
-        spans, framed, users = [range(0)] * len(messages), [*messages], list[int]()
-        for i, message in enumerate(messages):
-            if message["role"] == "user" and (body := message["content"].strip()):
-                said = message["content"].replace(body, BORDER + body + BORDER, 1)
-                framed[i] = {**message, "content": said}
-                users.append(i)
-        text = ""
-        with suppress(templates.Refused):
-            text = self.render(framed)
-        places = [match.start() for match in re.finditer(f"(?s){MARK}.|{BORDER}", text)
-                  if match[0] == BORDER]
-        for k, i in enumerate(users if len(places) == 2 * len(users) else ()):
-            spans[i] = range(places[2 * k] - 2 * k, places[2 * k + 1] - 2 * k - 1)
-        return re.sub(f"(?s)({MARK}.)|{BORDER}", r"\1", text), spans
-
     def _encode_marked(self, text: str) -> tuple[list[int], list[int]]:
         """As `encode`, of a text whose marks are read and left out."""
         if MARK not in text:
@@ -256,7 +234,7 @@ class Tokenizer:
         ids, starts, at = list[int](), list[int](), 0
         # What is not marked is encoded as one: tokenizers may treat the start of a text apart.
         for is_marked, run in groupby(self._special_text.split(text), lambda piece: MARK in piece):
-            piece = _unmark("".join(run))
+            piece = unmark("".join(run))
             new, places = self.encode(piece, special=not is_marked)
             ids += new
             starts += [at + place for place in places]
@@ -286,11 +264,11 @@ class Tokenizer:
         They are cut out of the whole text, as in training: Llama 2's tokenizer puts a space before
         a text.
         """
-        marked = _mark(messages, self._special_text)
+        marked = mark(messages, self._special_text)
         whole, start = self.render(marked), self.render(marked[:-1], True)
         if not whole.startswith(start):
             whole, start = marked[-1].get("content", ""), ""
-        new = (i for i, at in zip(*self._encode_marked(whole)) if at >= len(_unmark(start)))
+        new = (i for i, at in zip(*self._encode_marked(whole)) if at >= len(unmark(start)))
         return list(takewhile(lambda i: i not in self.stop_ids, new))
 
     def _turn_end(self) -> list[int]:
@@ -333,21 +311,6 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         eos = backend.backend.id_to_token(stops[0]) or ""
     backend.mark_special([bos, eos, pad])
     return Tokenizer(backend, template, bos, eos, backend.special.get(pad), stops)
-
-
-def _mark(value: Any, special: re.Pattern[str]) -> Any:
-    """A value of JSON with MARK before each character of what `special` matches in its texts."""
-    if isinstance(value, str):
-        if MARK in value or BORDER in value:
-            value = re.sub(f"[{MARK}{BORDER}]", rf"{MARK}\g<0>", value)
-        return special.sub(lambda match: "".join(MARK + c for c in match[0]), value)
-    if isinstance(value, Mapping):
-        return {_mark(key, special): _mark(item, special) for key, item in value.items()}
-    return [_mark(item, special) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _unmark(text: str) -> str:
-    return re.sub(f"(?s){MARK}(.)", r"\1", text) if MARK in text else text
 
 
 def _content(token: Any) -> str:

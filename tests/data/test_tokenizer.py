@@ -134,12 +134,22 @@ def test_a_prompt_has_the_tokens_of_training(request, kind: str, said: list[str]
     tokenizer = Tokenizer(backend, CHATML if kind else None, "", "<|im_end|>")
     roles = ["user", "assistant"] * 2
     chat = [{"role": role, "content": text} for role, text in zip(roles, said)]
-    assert tokenizer.ids(tokenizer.prompt(chat)) == tokenizer.encode(
-        tokenizer.render(chat, True))[0]
+    text = tokenizer.render(chat, True)
+    ids, starts = tokenizer.encode(text)
+    assert tokenizer.encode_chat(chat, True) == (text, ids, starts, [])
+    assert tokenizer.ids(tokenizer.prompt(chat)) == ids
+    if chat[-1]["role"] == "user":
+        return
+    text, ids, starts, spans = tokenizer.encode_chat(chat)
+    assert (ids, starts) == tokenizer.encode(text) and text == tokenizer.render(chat)
+    asked = [tokenizer.decode(ids[s.start:s.stop]) for s, m in zip(spans, chat)
+             if m["role"] == "user"]
+    assert [a.strip() for a in asked] == [m["content"].strip() for m in chat[::2]]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece", ""])
-@pytest.mark.parametrize("text", ["{}", "a {} b", "\n{}{}\n", "<|im_{}end|>", "{} \ufdd0"])
+@pytest.mark.parametrize("text", ["{}", "a {} b", "\n{}{}\n", "<|im_{}end|>", "{} \ufdd0",
+                                  "\ufdd1\ufdd0{}\ufdd0\ufdd0\ufdd1"])
 def test_special_tokens_come_from_the_template_alone(request, kind: str, text: str) -> None:
     """Also in calls and tools. What a text says is what was typed."""
     backend = FileTokenizer(request.getfixturevalue(kind)) if kind else ByteTokenizer()
@@ -147,13 +157,19 @@ def test_special_tokens_come_from_the_template_alone(request, kind: str, text: s
     template = ("{{ tools | tojson if tools }}{% for m in messages %}{{ m.content }}"
                 "{{ m.tool_calls | tojson if m.tool_calls }}" + end + "{% endfor %}")
     tokenizer, typed = Tokenizer(backend, template, "", end), text.replace("{}", end)
-    call = {"type": "function", "function": {"name": "f", "arguments": {"x": typed}}}
-    chat = [{"role": "user", "content": typed, "tools": [{"x": typed}]},
-            {"role": "assistant", "content": typed, "tool_calls": [call]}]
-    ids = tokenizer.ids(tokenizer.prompt(chat))
-    assert sum(token in tokenizer.special.values() for token in ids) == 2
-    plain = tokenizer.decode(ids).replace(" ", "")
-    assert plain.count(typed.replace("\ufdd0", "").replace(" ", "")) >= 2
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": typed, typed: 1}}}
+    chat = [{"role": "user", "content": typed, "tools": [{typed: typed}]},
+            {"role": "assistant", "content": "yes " + typed, "tool_calls": [call], "weight": 0}]
+    for encoded in (tokenizer.encode_chat(chat, True), tokenizer.encode_chat(chat)):
+        assert sum(token in tokenizer.special.values() for token in encoded.ids) == 2
+        plain = tokenizer.decode(encoded.ids).replace(" ", "")
+        assert plain.count(typed.replace(" ", "")) >= 2
+        assert encoded.text == tokenizer.render(chat)
+    assert tokenizer.ids(tokenizer.prompt(chat)) == encoded.ids
+    if not kind:
+        asked, answered = tokenizer.encode_chat(
+            [chat[0], {"role": "assistant", "content": "no"}]).spans
+        assert (len(asked), len(answered)) == (len(typed.strip().encode()), 3)
 
 
 def test_truncation_and_padding_of_a_file_are_ignored(bpe: Path, tmp_path: Path) -> None:

@@ -1,12 +1,7 @@
-"""Tools and calls: lines, texts and supervised tokens as transformers', answers as messages.
-
-The tests of published templates read the folder that MINISMOE_TEMPLATES names, such as
-models/templates of llama.cpp, or trl/chat_templates of TRL, and are skipped without it.
-"""
+"""Tools and calls: lines, texts and supervised tokens as transformers', answers as messages."""
 
 import copy
 import json
-import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,9 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import make_calls
 import pytest
-from tiny import CHATML
+from tiny import CHATML, ROOT
 
 from minismoe.cli.flags import InputConfig
 from minismoe.cli.inputs import print_examples
@@ -35,6 +29,7 @@ from minismoe.export.layouts import copy_base_files
 from minismoe.method.loss import IGNORE
 from minismoe.training.evaluate import exact_match, questions
 
+TEMPLATE = (ROOT / "minismoe/data/smollm2_tools.jinja").read_text(encoding="utf-8")
 TOOLS = [{"type": "function", "function": {"name": name, "description": f"Does {name}.",
           "parameters": {"type": "object", "properties": properties, "required": [*properties]}}}
          for name, properties in (
@@ -67,30 +62,6 @@ CHATS = {
     "result": line({"role": "system", "content": "Be brief."}, USER, CALL, RESULT, ANSWER),
     "later": line(USER, CALL, RESULT, ANSWER, USER, CALL),
     "none": line(USER, ANSWER, tools=None)}
-
-# What may open an assistant's turn in published templates, and what ends it.
-NO_THOUGHT = "<think>\n\n</think>\n\n"             # where it ends the prompt, it is not supervised
-CHATML_TURN = [f"<|im_start|>assistant\n{NO_THOUGHT}", "<|im_start|>assistant\n"], "<|im_end|>"
-LLAMA_TURN = ["<|start_header_id|>assistant<|end_header_id|>\n\n"], "<|eot_id|>"
-MISTRAL_TURN = ["[/INST]", "[/TOOL_RESULTS]"], "</s>"
-GRANITE_TURN = ["<|start_of_role|>assistant<|end_of_role|>"], "<|end_of_text|>"
-TURNS = {
-    "Qwen-Qwen2.5-7B-Instruct": CHATML_TURN, "Qwen-Qwen3-0.6B": CHATML_TURN,
-    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": CHATML_TURN,
-    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use": CHATML_TURN,
-    "meta-llama-Llama-3.1-8B-Instruct": LLAMA_TURN, "meta-llama-Llama-3.2-3B-Instruct": LLAMA_TURN,
-    "meta-llama-Llama-3.3-70B-Instruct": LLAMA_TURN,
-    "mistralai-Mistral-Nemo-Instruct-2407": MISTRAL_TURN,
-    "Mistral-Small-3.2-24B-Instruct-2506": MISTRAL_TURN,
-    "ibm-granite-granite-4.0": GRANITE_TURN, "ibm-granite-granite-4.1": GRANITE_TURN,
-    "moonshotai-Kimi-K2": (["<|im_assistant|>assistant<|im_middle|>"], "<|im_end|>"),
-    "ByteDance-Seed-OSS": (["<seed:bos>assistant\n"], "<seed:eos>")}
-# Templates of TRL that mark supervised text by {% generation %}, with the line end after it.
-MARKED = ["qwen2_5_training", "qwen3_training", "qwen3_instruct_2507_training",
-          "qwen3_vl_training", "lfm2_2_5"]
-FOLDER = Path(os.environ.get("MINISMOE_TEMPLATES") or "/nowhere")
-PUBLISHED = sorted(file.stem for file in FOLDER.glob("*.jinja")) or ["none"]
-
 
 class SameDay(datetime):
     """The day that templates find by our clock."""
@@ -126,13 +97,6 @@ def both(bpe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Both:
     return make
 
 
-def published(name: str) -> str:
-    file = FOLDER / f"{name}.jinja"
-    if not file.is_file():
-        pytest.skip("MINISMOE_TEMPLATES names no folder with this template")
-    return file.read_text(encoding="utf-8")
-
-
 def compare_texts(theirs: Any, ours: Tokenizer, chat: dict[str, Any]) -> str | None:
     """The text that both render; None if both refuse."""
     messages = to_messages(chat)
@@ -155,37 +119,13 @@ def compare_texts(theirs: Any, ours: Tokenizer, chat: dict[str, Any]) -> str | N
     return str(text)
 
 
-def compare_tokens(theirs: Any, ours: Tokenizer, chat: dict[str, Any], turn: tuple[list[str], str],
-                   ) -> bool:
-    """Compare tokens and labels with turns that a pattern finds in transformers' text; False if the
-    template rewrites or refuses the conversation."""
-    text = compare_texts(theirs, ours, chat)
-    if text is None:
-        return False
-    try:
-        example = encode("t", to_messages(chat), ours)
-    except ValueError as e:
-        assert re.search("differently when more follows|begin an answer as its gen", str(e))
-        return False
-    opening = "|".join(map(re.escape, turn[0]))
-    spans = [found.span(1) for found in re.finditer(
-        f"(?:{opening})(.*?{re.escape(turn[1])})", text, re.DOTALL)]
-    assert len(spans) == sum(m["role"] == "assistant" for m in chat["messages"])
-    tokens = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
-    assert example.ids == tokens["input_ids"]
-    assert example.labels == [
-        token if any(first <= start < last for first, last in spans) else IGNORE
-        for token, (start, _) in zip(tokens["input_ids"], tokens["offset_mapping"])]
-    return True
-
-
 # Texts and tokens
 
 @pytest.mark.parametrize("name", CHATS)
 def test_our_own_template_is_supervised_as_by_transformers(both: Both, name: str) -> None:
-    theirs, ours = both(make_calls.TEMPLATE)
+    theirs, ours = both(TEMPLATE)
     chat, messages = CHATS[name], to_messages(CHATS[name])
-    assert compare_tokens(theirs, ours, chat, CHATML_TURN)
+    assert compare_texts(theirs, ours, chat)
     found = theirs.apply_chat_template(chat["messages"], tools=chat["tools"], return_dict=True,
                                        return_assistant_tokens_mask=True)
     example = encode("t", messages, ours)
@@ -193,41 +133,11 @@ def test_our_own_template_is_supervised_as_by_transformers(both: Both, name: str
     assert [int(label != IGNORE) for label in example.labels] == found["assistant_masks"]
 
 
-@pytest.mark.parametrize("name", TURNS)
-def test_published_templates_are_supervised_turn_by_turn(both: Both, name: str) -> None:
-    theirs, ours = both(published(name), TURNS[name][1])
-    compared = {chat for chat in CHATS if compare_tokens(theirs, ours, CHATS[chat], TURNS[name])}
-    assert compared >= {"call", "content", "answer"}
-
-
-@pytest.mark.parametrize("name", MARKED)
-def test_published_marks_are_our_supervised_tokens(both: Both, name: str) -> None:
-    theirs, ours = both(published(name))
-    for chat in CHATS.values():
-        found = theirs.apply_chat_template(chat["messages"], tools=chat["tools"], return_dict=True,
-                                           return_assistant_tokens_mask=True)
-        example = encode("t", to_messages(chat), ours)
-        assert example.ids == found["input_ids"]
-        rest = [token for token, mask, label in zip(
-            example.ids, found["assistant_masks"], example.labels) if mask != (label != IGNORE)]
-        outside = theirs.decode(rest).replace(NO_THOUGHT, "")
-        assert not outside.strip()                       # the line ends beside a turn
-        assert sum(found["assistant_masks"]) == len(rest) + sum(
-            label != IGNORE for label in example.labels)
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_templates_give_the_same_texts(both: Both, name: str) -> None:
-    theirs, ours = both(published(name))
-    for chat in CHATS.values():
-        compare_texts(theirs, ours, chat)
-
-
 @pytest.mark.parametrize("end", ["", "\n", "\n  "])
 def test_a_template_for_tools_of_its_own_is_joined(both: Both, bpe: Path, tmp_path: Path,
                                                    end: str) -> None:
     """As Hermes and Command R have it; an export carries it as well."""
-    tools = "\n  " + make_calls.TEMPLATE.replace("an expert", "the expert") + end
+    tools = "\n  " + TEMPLATE.replace("an expert", "the expert") + end
     theirs, ours = both([{"name": "default", "template": "\n" + CHATML + end},
                          {"name": "tool_use", "template": tools}])
     (tmp_path / "config.json").write_text("{}")
@@ -267,7 +177,7 @@ def test_a_template_that_leaves_out_calls_is_refused(both: Both) -> None:
 def test_a_template_that_refuses_other_roles_still_shows_its_call(both: Both) -> None:
     strict = "{% for m in messages if m.role not in ('system', 'user', 'assistant', 'tool') %}" \
              "{{ raise_exception('roles') }}{% endfor %}"
-    assert '"name": "shown"' in both(strict + make_calls.TEMPLATE)[1].shown_call()
+    assert '"name": "shown"' in both(strict + TEMPLATE)[1].shown_call()
 
 
 @pytest.mark.parametrize("shown, answers", [
@@ -283,7 +193,7 @@ def test_what_comes_before_a_call_is_text_at_once(shown: str, answers: dict[str,
 
 def test_show_prints_tools_and_marks_calls(both: Both, tmp_path: Path,
                                            capsys: pytest.CaptureFixture[str]) -> None:
-    both(make_calls.TEMPLATE)
+    both(TEMPLATE)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "t.jsonl").write_text(2 * (json.dumps(CHATS["later"]) + "\n"))
@@ -426,32 +336,3 @@ def test_a_template_that_cannot_write_the_known_call_is_no_obstacle(both: Both) 
                    + written(CALLS["qwen"][0]))
     asked = to_messages(CHATS["result"])[:2]
     assert ours.parse(asked, CALLS["qwen"][1])["content"] == CALLS["qwen"][1]
-
-
-# The task of make_calls.py
-
-def test_the_task_of_calls_is_what_it_says(tmp_path: Path) -> None:
-    train, test = make_calls.lines()
-    assert (train, test) == make_calls.lines(0) != make_calls.lines(1)
-    assert (len(make_calls.FUNCTIONS), len(train), len(test)) == (40, 400, 100)
-    asked = [x["messages"][0]["content"] for x in train + test]
-    assert len(set(asked)) == 500
-    names = set()
-    for x in train + test:
-        messages = to_messages(x)
-        schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in x["tools"]}
-        assert len(schemas) == make_calls.OFFERED
-        for asked_for in messages[-1].get("tool_calls", []):
-            function = asked_for["function"]
-            names.add(function["name"])
-            parameters = schemas[function["name"]]
-            assert [*function["arguments"]] == parameters["required"]
-            for key, value in function["arguments"].items():
-                kind = {"boolean": bool, "integer": int, "string": str}[
-                    parameters["properties"][key]["type"]]
-                assert type(value) is kind
-                assert value in parameters["properties"][key].get("enum", [value])
-    assert len(names) == 40
-    unfit = [x for x in train + test if "tool_calls" not in x["messages"][1]]
-    assert 40 < len(unfit) < 100
-    assert {x["messages"][1]["content"] for x in unfit} == {make_calls.NONE_FITS}
