@@ -5,7 +5,7 @@ from tiny import ROOT, python
 
 
 def cases(count: int) -> None:
-    """In a process of its own: the audit hook cannot be taken away again."""
+    """In a process of its own, whose memory is measured."""
     done = python(ROOT / "tests" / "tools" / "fuzz.py", "--cases", count, timeout=3600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"{count} cases, 0 failed" in done.stdout

@@ -5,8 +5,7 @@
     python tests/tools/fuzz.py --first 1234 --cases 1   that one alone, with what it says
 
 A case passes if it works, or is refused by an exception of the allowed types in one line; if it
-takes less than 2 s; if memory grows by no more than 256 MB; and if no file appears outside of the
-case's own folder. Templates may take all time and memory, so their numbers are small here.
+takes less than 2 s; and if memory grows by no more than 256 MB.
 """
 
 import argparse
@@ -29,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from tiny import BYTES, LLAMA3  # noqa: E402
+from tiny import BYTES, CHATML, LLAMA3  # noqa: E402
 
 from minismoe.cli import probing  # noqa: E402
 from minismoe.cli.flags import AllocationConfig  # noqa: E402
@@ -63,16 +62,6 @@ LINES = [{"prompt": "2 + 2", "completion": "4"},
                        {"role": "tool", "tool_call_id": "1", "content": "2"},
                        {"role": "assistant", "content": "b"}],
           "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}]
-TEMPLATES = [
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{{ '[INST] ' ~ m['content'] | trim }}"
-    "{% endfor %}",
-    "{% set ns = namespace(x='', n=0) %}{% macro f(t) %}{{ t | upper }}{% endmacro %}"
-    "{%- for m in messages if m.content %}{% set ns.x = ns.x ~ m.content %}"
-    "{{ f(m.role) }}: {{ m | tojson }}{% generation %}{{ ns.x[:40] }}{% endgeneration %}"
-    "{% endfor %}{{ strftime_now('%Y') }}"]
 CALLING = "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}{{ eos_token }}{% endfor %}"
 REQUESTS = {
     CHAT: {"model": "m", "messages": LINES[3]["messages"], "tools": LINES[3]["tools"],
@@ -83,17 +72,6 @@ REQUESTS = {
     TEXT: {"prompt": ["a", "b"], "max_tokens": 3, "stop": "x", "logprobs": 2, "min_p": 0.1,
            "repetition_penalty": 1.1, "frequency_penalty": 0.5, "response_format": {
                "type": "json_schema", "json_schema": {"schema": {"enum": ["x"]}}}}}
-SNIPPETS = [      # {n} is a small number
-    "{{{{ 'ab' * {n} }}}}", "{{{{ [messages] * {n} }}}}", "{{{{ 'x'.ljust({n}) }}}}",
-    "{{% for i in range({n}) %}}{{{{ i }}}}{{% endfor %}}", "{{{{ '%{n}d' % 1 }}}}",
-    "{{{{ lipsum(n={n}) }}}}", "{{{{ messages | batch({n}, 0) | list }}}}",
-    "{{{{ strftime_now('%{n}Y') }}}}", "{{{{ '{{:{n}}}'.format(1) }}}}",
-    "{{{{ messages.__class__.__mro__[{n}] }}}}", "{{% include '/etc/passwd' %}}",
-    "{{% import 'os' as os %}}", "{{{{ messages | attr('__class__') }}}}", "{{{{ self }}}}",
-    "{{{{ cycler.__init__.__globals__ }}}}", "{{{{ messages.append({n}) }}}}", "{{% raw %}}", "{{%",
-    "{{{{ messages[{n}] }}}}", "{{{{ undefined.x }}}}", "{{{{ messages | sum }}}}",
-    "{{% block a %}}",
-    "{{{{ (messages | map('upper') | list)[0] }}}}", "{{% extends 'x' %}}", "{{% break %}}"]
 NUMBERS = [-1, 0, 1, 3, 7, 40, 1000, 2 ** 31, 2 ** 63, 10 ** 12, 10 ** 400, -10 ** 12]
 ODD = [None, True, False, "", "x", [], {}, [[]], -0.5, 1.5, 1e308, math.nan, math.inf, -math.inf,
        "../../etc/passwd", "/etc/passwd", "file:///etc/passwd", "\ud83d", "\x1b[31m\r\n", "con",
@@ -190,7 +168,7 @@ class Fuzz:
         save_adapter(load_like(model, self.base), self.base / "adapter", ALLOCATION, ["t"])
         self.kinds: list[Callable[[Rng], Any]] = [
             self.config, self.adapter, self.allocation, self.lines, self.weights,
-            self.adapter_weights, self.tokenizer, self.template, self.request, self.export]
+            self.adapter_weights, self.tokenizer, self.request, self.export]
 
     def config(self, rng: Rng) -> Any:
         (self.case / "config.json").write_bytes(rng.text(CONFIG))
@@ -237,19 +215,14 @@ class Fuzz:
         header, rest = data[8:8 + length], data[8 + length:]
         entries = json.loads(header)
         if rng.random() < 0.4:                   # a valid file, of other tensors
-            for name in rng.sample([n for n in entries if n != "__metadata__"], 2):
-                entry = entries[name]
-                match rng.randrange(4):
-                    case 0:
-                        entries[rng.choice(["", "../x", "\x1b[0m", "lm_head.weight"])] = (
-                            entries.pop(name))
-                    case 1:
-                        entry["dtype"] = rng.choice(["I32", "U32", "F32", "C64", "F8_E4M3"])
-                    case 2:
-                        entry["shape"] = rng.choice([entry["shape"][::-1], [1, *entry["shape"]],
-                                                     [math.prod(entry["shape"])]])
-                    case 3:
-                        entry["shape"] = [rng.choice(NUMBERS), 0]
+            name = rng.choice([n for n in entries if n != "__metadata__"])
+            match rng.randrange(3):
+                case 0:
+                    entries[rng.choice(["", "../x", "\x1b[0m"])] = entries.pop(name)
+                case 1:
+                    entries[name]["dtype"] = rng.choice(["I32", "U32", "F32", "C64", "F8_E4M3"])
+                case 2:
+                    entries[name]["shape"] = rng.choice([[1, 2], [], [rng.choice(NUMBERS), 0]])
             header = json.dumps(entries).encode()
         else:
             header = rng.text(entries) if rng.random() < 0.7 else rng.bytes(header)
@@ -258,8 +231,8 @@ class Fuzz:
         (self.case / file.name).write_bytes(told.to_bytes(8, "little") + header + rest)
 
     def tokenizer(self, rng: Rng) -> Any:
-        settings = {"chat_template": rng.choice([TEMPLATES[0], [
-            {"name": "default", "template": TEMPLATES[1]}, {"name": "x", "template": "y"}]]),
+        settings = {"chat_template": rng.choice([CHATML, [
+            {"name": "default", "template": CHATML}, {"name": "x", "template": "y"}]]),
             "bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None}
         shutil.copy(TOKENIZER, self.case / "tokenizer.json")
         (self.case / "tokenizer_config.json").write_bytes(rng.text(settings))
@@ -267,19 +240,6 @@ class Fuzz:
         (self.case / "config.json").write_bytes(rng.text({"vocab_size": 400, "eos_token_id": 1}))
         tokenizer = load_tokenizer(self.case)
         tokenizer.encode(tokenizer.render([{"role": "user", "content": "a"}], True))
-
-    def template(self, rng: Rng) -> Any:
-        text = rng.choice(TEMPLATES)
-        for _ in range(rng.randint(0, 3)):
-            number = rng.choice(NUMBERS[:5])
-            at = rng.randrange(len(text) + 1)
-            snippet = rng.choice(SNIPPETS).format(n=number)
-            text = text[:at] + snippet + text[at:] if rng.random() < 0.5 else snippet + text
-        if rng.random() < 0.5:
-            text = rng.bytes(text.encode()).decode("utf-8", "surrogateescape")
-        turns = [{"role": str(rng.choice(["user", "assistant", *ODD])),
-                  "content": str(rng.choice(["hello", *ODD]))} for _ in range(rng.randint(0, 3))]
-        Tokenizer(ByteTokenizer(), text, "<s>", "</s>").render(turns, rng.random() < 0.5)
 
     def request(self, rng: Rng) -> Any:
         path = rng.choice([*REQUESTS])
@@ -326,21 +286,6 @@ def bpe(file: Path) -> Path:
 
 
 TOKENIZER = Path()
-WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-watched: list[Path] = []                         # the folder of the case that runs
-elsewhere: list[str] = []                        # what was opened for writing outside of it
-
-
-def watch(event: str, args: tuple[Any, ...]) -> None:
-    """An audit hook that notes what Python opens for writing, makes or renames elsewhere."""
-    if watched and (event == "open" and isinstance(args[2], int) and args[2] & WRITES
-                    or event in ("os.mkdir", "os.rename", "os.symlink", "os.link")):
-        for path in args[:1] if event in ("open", "os.mkdir") else args[1:2]:
-            if isinstance(path, str | bytes | os.PathLike):
-                full = os.path.realpath(os.fsdecode(path))
-                if not full.startswith(os.path.realpath(watched[0]) + os.sep) and (
-                        full != os.devnull):
-                    elsewhere.append(full)
 
 
 def run(fuzz: Fuzz, seed: int, number: int, debug: bool = False) -> tuple[str, bool, str]:
@@ -349,8 +294,7 @@ def run(fuzz: Fuzz, seed: int, number: int, debug: bool = False) -> tuple[str, b
     kind = fuzz.kinds[number % len(fuzz.kinds)]
     shutil.rmtree(fuzz.case, ignore_errors=True)
     fuzz.case.mkdir()
-    before, memory = set(fuzz.case.parent.iterdir()), peak()
-    watched[:], elsewhere[:], problem, refused = [fuzz.case], [], "", True
+    memory, problem, refused = peak(), "", True
     start, cpu = time.monotonic(), time.process_time()
     try:
         kind(rng)
@@ -366,13 +310,10 @@ def run(fuzz: Fuzz, seed: int, number: int, debug: bool = False) -> tuple[str, b
             raise
         problem = f"{type(e).__name__}: {str(e)[:300]}"
     seconds, cpu = time.monotonic() - start, time.process_time() - cpu
-    watched.clear()
     if cpu > SECONDS or seconds > 10 * SECONDS:  # others may keep the machine busy
         problem += f" took {cpu:.1f} s, {seconds:.1f} by the clock"
     if peak() - memory > MEGABYTES:
         problem += f" took {peak() - memory:.0f} MB"
-    if new := elsewhere + [str(p) for p in set(fuzz.case.parent.iterdir()) - before]:
-        problem += f" wrote {new}"
     return kind.__name__, refused, problem
 
 
@@ -393,7 +334,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    sys.addaudithook(watch)
     failed, taken, refusals = 0, Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory() as root:
         TOKENIZER = bpe(Path(root) / "tokenizer.json")
