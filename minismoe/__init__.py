@@ -13,7 +13,7 @@ _HOME = {
     "save_adapter": "model.checkpoint", "load_tokenizer": "data.tokenizer",
     "load_tasks": "data.tasks", "encode_all": "data.tasks", "probe_batches": "data.tasks",
     "probe": "method.sensitivity", "allocate": "method.allocate",
-    "Allocation": "method.allocation", "add_experts": "method.experts",
+    "Allocation": "method.allocate", "add_experts": "method.experts",
     "train": "training.loop", "TrainConfig": "training.loop", "generate": "training.evaluate",
     "export_model": "export.write", "ExportConfig": "export.settings", "Source": "export.settings",
     "Generator": "runtime.generator",

@@ -11,8 +11,15 @@ from ..io.drawing import terminal_heatmap
 from ..io.files import naming, read_json
 from ..io.progress import progress_bar
 from ..io.text import clean, table
-from ..method.allocate import KEEP, Allocation, AllocationSettings, allocate, select
-from ..method.allocation import FORMAT, is_whole
+from ..method.allocate import (
+    FORMAT,
+    KEEP,
+    Allocation,
+    AllocationSettings,
+    allocate,
+    is_whole,
+    select,
+)
 from ..method.experts import linear_layers
 from ..method.sensitivity import Scores, probe, shapes_of
 from .flags import SETTINGS, AllocationConfig

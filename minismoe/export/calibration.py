@@ -18,9 +18,8 @@ from ..data.tasks import Batch, Example, probe_batches
 from ..io.files import naming
 from ..method.experts import linear_layers
 from ..method.freeze import TaskFits, solve
-from ..method.hooks import hooked
+from ..method.hooks import HOLD, hooked, reads
 from ..method.loss import IGNORE, supervised_tokens
-from ..method.reads import HOLD, reads
 from ..method.token_weights import token_weights
 from ..model.decoder import CausalLM
 from ..model.tokens import Tokens

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..method.reads import gram
+from ..method.hooks import gram
 from ..model.quantize import Blocks, block_scales, pack
 
 # Of H, whose diagonal is scaled to a mean of 1. A few thousand tokens show H only roughly, so more

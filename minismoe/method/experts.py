@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .allocation import Allocation
+from .allocate import Allocation
 
 PARTS = ("lora_A", "router", "lora_B")
 

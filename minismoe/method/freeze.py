@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import ExpertLinear, top_k_gates
-from .reads import gram
+from .hooks import gram
 
 RIDGES = (1e-2, 1e-1)    # times trace(x^T x) / D; 1e-3 or 1 won 3 of 54 on SmolLM2
 

@@ -156,8 +156,7 @@ class Config:
             tie_word_embeddings=bool(c.get("tie_word_embeddings")),
             qkv_bias=bias or kind == "qwen2", o_bias=bias and kind != "qwen2",
             activation="silu" if act == "swish" else act, names=MODULES.get(kind))
-        own, other, full = _own(c, range(layers))
-        types = c.types(range(layers), other, full) if other else [FULL] * layers
+        types = _types(c, range(layers), own := _own(c, range(layers)))
         window = c.size("sliding_window", 4096, most=1 << 31) if SLIDING in types else None
         fields |= {**own, "windows": tuple(window if t == SLIDING else None for t in types),
                    "conv_layers": tuple(i for i, t in enumerate(types) if t == CONV),
@@ -211,7 +210,7 @@ class _Settings(dict[str, Any]):
         older = self.get("rope_scaling") or {}               # theta stands beside it
         rope = self.get("rope_parameters") or older
         if self.get("model_type") == "gemma3_text" and isinstance(rope, Mapping):
-            rope = rope.get(FULL, rope)                      # _own reads that of windows
+            rope = rope.get(FULL, rope)                      # `_own` reads that of windows
         if not isinstance(rope, Mapping) or any(isinstance(v, Mapping) for v in rope.values()):
             self.wrong.append(f"rope {rope!r}: only one rope for all layers")
             rope = {}
@@ -231,18 +230,6 @@ class _Settings(dict[str, Any]):
             self.wrong.append("rope type llama3: low_freq_factor is not below high_freq_factor")
         return rope.number("rope_theta", 1e4), scaling or None
 
-    def types(self, layers: range, other: str, full: Any) -> list[str]:
-        """The type of each layer, FULL or `other`; without layer_types those in `full` are FULL."""
-        if not isinstance(full, (list, range)):
-            self.wrong.append(f"full_attn_idxs {full!r} does not tell the layers of full attention")
-            return []
-        types = self.get("layer_types") or [FULL if i in full else other for i in layers]
-        if isinstance(types, list) and len(types) == len(layers) and {
-                *map(str, types)} <= {FULL, other}:
-            return types
-        self.wrong.append(f"layer_types {types!r}: only {FULL} and {other}, one for each layer")
-        return []
-
 
 def _as_llama(config: Mapping[str, Any]) -> _Settings:
     """The settings under Llama's names, with the family's defaults."""
@@ -257,53 +244,71 @@ def _as_llama(config: Mapping[str, Any]) -> _Settings:
     return _Settings(given | defaults, wrong)
 
 
-def _own(c: _Settings, layers: range) -> tuple[dict[str, Any], str, Any]:
-    """Three things of a family: its own fields of Config, the type of its layers that are not FULL
-    ("" if it has none), and which layers are FULL if layer_types is left out."""
+def _own(c: _Settings, layers: range) -> dict[str, Any]:
+    """A family's own fields of Config."""
     kind = c["model_type"]
-    own: dict[str, Any]
     if kind == "gemma3_text":
         ropes, local = c.get("rope_parameters"), c.number("rope_local_base_freq", 1e4)
         if isinstance(ropes, Mapping) and SLIDING in ropes:
             local, scaled = _Settings({"rope_parameters": ropes[SLIDING]}, c.wrong).rope()
             c.wrong += [f"{SLIDING} with rope scaling {scaled}"] if scaled else []
-        period = c.size("sliding_window_pattern", 6)
-        own = {"norm_offset": 1.0, "post_norms": True, "qk_norm": True, "local_rope_theta": local,
-               "embedding_multiplier": c.size("hidden_size") ** 0.5,
-               "attention_multiplier": c.number("query_pre_attn_scalar", 256) ** -0.5}
-        return own, SLIDING, layers[period - 1::period]
+        return {"norm_offset": 1.0, "post_norms": True, "qk_norm": True, "local_rope_theta": local,
+                "embedding_multiplier": c.size("hidden_size") ** 0.5,
+                "attention_multiplier": c.number("query_pre_attn_scalar", 256) ** -0.5}
     if kind in ("granite", "granitemoehybrid"):
         hybrid = kind == "granitemoehybrid"
         rotates = not hybrid or c.get("position_embedding_type") == "rope"
-        own = {f"{name}_multiplier": c.number(f"{name}_multiplier", 1.0)
-               for name in ("embedding", "attention", "residual")} | {
+        return {f"{name}_multiplier": c.number(f"{name}_multiplier", 1.0)
+                for name in ("embedding", "attention", "residual")} | {
             "output_multiplier": 1 / c.number("logits_scaling", 1.0), "fused_mlp": hybrid,
             "no_rope_layers": () if rotates else tuple(layers)}
-        return own, "attention" if hybrid else "", layers
     if kind == "lfm2":
         inner, step = c.size("intermediate_size"), c.size("block_multiple_of", 256)
         if c.get("block_auto_adjust_ff_dim", True):
             inner = int(c.number("block_ffn_dim_multiplier", 1.0) * (2 * inner // 3))
             inner = -(-inner // step) * step
-        taps, full = c.size("conv_L_cache", 3, least=2, most=64), c.get("full_attn_idxs") or layers
-        return {"intermediate_size": inner, "conv_size": taps, "qk_norm": True}, CONV, full
+        taps = c.size("conv_L_cache", 3, least=2, most=64)
+        return {"intermediate_size": inner, "conv_size": taps, "qk_norm": True}
     if kind == "qwen3_5_text":
-        period = c.size("full_attention_interval", 4)
-        return _gated_delta_nets(c), DELTA, layers[period - 1::period]
-    slides = kind != "llama" and c.get("sliding_window", 4096) is not None and (
-        kind == "mistral" or c.get("use_sliding_window"))
-    other = SLIDING if slides else ""
+        return _gated_delta_nets(c)
     if kind == "smollm3":
         period = c.size("no_rope_layer_interval", 4)
         rotates = c.get("no_rope_layers") or [(i + 1) % period for i in layers]
         if isinstance(rotates, list) and len(rotates) >= len(layers):
-            still = tuple(i for i in layers if not rotates[i])
-            return {"no_rope_layers": still}, other, [i for i in layers if i not in still]
+            return {"no_rope_layers": tuple(i for i in layers if not rotates[i])}
         c.wrong.append(f"no_rope_layers {rotates!r}: expected 1 (rotates) or 0 for each layer")
-    full = layers[:0]
-    if slides and kind in ("qwen2", "qwen3"):
-        full = layers[:c.size("max_window_layers", 28, least=0)]
-    return {"qk_norm": kind == "qwen3"}, other, full
+    return {"qk_norm": kind == "qwen3"}
+
+
+def _types(c: _Settings, layers: range, own: Mapping[str, Any]) -> list[str]:
+    """The type of each layer of a family whose own fields of Config are `own`."""
+    kind, other = c["model_type"], SLIDING       # the type of the layers that are not FULL
+    full: Any = layers                           # the FULL ones, if layer_types is left out
+    if kind == "gemma3_text":
+        full = layers[(period := c.size("sliding_window_pattern", 6)) - 1::period]
+    elif kind == "qwen3_5_text":
+        other, period = DELTA, c.size("full_attention_interval", 4)
+        full = layers[period - 1::period]
+    elif kind == "granitemoehybrid":
+        other = "attention"
+    elif kind == "lfm2":
+        other, full = CONV, c.get("full_attn_idxs") or layers
+    elif kind in ("llama", "granite") or c.get("sliding_window", 4096) is None or not (
+            kind == "mistral" or c.get("use_sliding_window")):
+        return [FULL] * len(layers)
+    elif kind == "smollm3":
+        full = [i for i in layers if i not in own.get("no_rope_layers", ())]
+    else:
+        full = layers[:c.size("max_window_layers", 28, least=0) if kind != "mistral" else 0]
+    if not isinstance(full, (list, range)):
+        c.wrong.append(f"full_attn_idxs {full!r} does not tell the layers of full attention")
+        return []
+    types = c.get("layer_types") or [FULL if i in full else other for i in layers]
+    if isinstance(types, list) and len(types) == len(layers) and {
+            *map(str, types)} <= {FULL, other}:
+        return types
+    c.wrong.append(f"layer_types {types!r}: only {FULL} and {other}, one for each layer")
+    return []
 
 
 def _gated_delta_nets(c: _Settings) -> dict[str, Any]:

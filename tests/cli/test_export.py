@@ -39,7 +39,7 @@ from minismoe.export.settings import ExportConfig
 from minismoe.export.ship import Part, sharing_copy
 from minismoe.io import progress
 from minismoe.io.files import read_json, write_json
-from minismoe.method.allocation import Allocation
+from minismoe.method.allocate import Allocation
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.freeze import Fit
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter

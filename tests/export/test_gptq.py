@@ -23,7 +23,7 @@ from minismoe.export.ship import sharing_copy
 from minismoe.export.weights import GraphFormat
 from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import exact
-from minismoe.method.reads import gram
+from minismoe.method.hooks import gram
 from minismoe.model.quantize import (
     BlockEmbedding,
     Blocks,

@@ -15,8 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minismoe import reference
-from minismoe.method.allocate import STRATEGIES, Allocation, allocate, grouped
-from minismoe.method.allocation import MOST
+from minismoe.method.allocate import MOST, STRATEGIES, Allocation, allocate, grouped
 
 KINDS = ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj")  # by name
 Model = tuple[dict[str, dict[str, float]], dict[str, tuple[int, int]]]

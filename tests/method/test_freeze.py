@@ -26,7 +26,7 @@ from minismoe.method.freeze import (
     no_fits,
     solve,
 )
-from minismoe.method.reads import reads as groups
+from minismoe.method.hooks import reads as groups
 
 
 def reads(model: nn.Module, batches: list[Any]) -> dict[str, Tensor]:

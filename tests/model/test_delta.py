@@ -11,7 +11,7 @@ from tiny import close, padded, random_hf, randomise
 from torch import Tensor
 
 from minismoe.method.experts import add_experts, linear_layers
-from minismoe.method.reads import reads
+from minismoe.method.hooks import reads
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
 from minismoe.model.delta import CHUNK, delta_rule

@@ -38,7 +38,7 @@ from minismoe.export import graph, steps  # noqa: E402
 from minismoe.export.weights import GraphFormat  # noqa: E402
 from minismoe.io.files import naming, sha256  # noqa: E402
 from minismoe.io.text import error_line  # noqa: E402
-from minismoe.method.allocation import Allocation  # noqa: E402
+from minismoe.method.allocate import Allocation  # noqa: E402
 from minismoe.method.experts import add_experts  # noqa: E402
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter  # noqa: E402
 from minismoe.model.decoder import CausalLM, Config  # noqa: E402
