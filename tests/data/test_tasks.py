@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -200,19 +201,6 @@ def test_folders_and_files_are_tasks(tmp_path: Path) -> None:
     assert named == [alpha, beta]
 
 
-def test_files_of_another_name_are_not_passed_over(tmp_path: Path) -> None:
-    put(tmp_path / "a", train=lines(*numbered(9)), validation=lines(PAIR))
-    assert "validation.jsonl not read: a split is train, valid or test.jsonl" in load_tasks(
-        tmp_path)[0].notes
-    put(tmp_path / ".ipynb_checkpoints", train_checkpoint=lines(PAIR))
-    assert [task.name for task in load_tasks(tmp_path)] == ["a"]
-    put(tmp_path / "b", training=lines(PAIR))
-    with pytest.raises(ValueError, match="b holds .jsonl files, and no train.jsonl: give the file"):
-        load_tasks(tmp_path)
-    with pytest.raises(ValueError, match="c holds valid.jsonl, and no train.jsonl beside it"):
-        load_tasks(put(tmp_path / "c", training=lines(PAIR), valid=lines(PAIR)))
-
-
 def test_each_kind_of_file_holds_the_same_lines(tmp_path: Path) -> None:
     """And what may hold lines is never passed over in silence."""
     values, text = numbered(9), lines(*numbered(9))
@@ -233,12 +221,68 @@ def test_each_kind_of_file_holds_the_same_lines(tmp_path: Path) -> None:
     assert convert == ("c.csv not read: its columns are id, text: name the prompt's and the "
                        "answer's, such as --columns question,answer")
     assert load_tasks(tmp_path / "b.json")[0].train == tasks[1].train
-    (tmp_path / "b.jsonl").write_text(text)
-    with pytest.raises(ValueError, match="holds b twice: b.json and b.jsonl"):
+
+
+TWO = '{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "b"}\n'
+
+
+@pytest.mark.parametrize("files, reason", [
+    # Tables, by the line
+    ({"a.csv": "text,label\na,b\nc\n"}, "bad line: /a.csv: it cannot be read: line 3 has 1 fields "
+     "where the first row names 2; a text with ',' stands in quotes"),
+    ({"a.csv": 'text,label\na,"b\nc,d\n'}, "/a.csv: .* line 2: unexpected end of data"),
+    ({"a.csv": 'text,label\na,b\na,"b"c\n'}, "/a.csv: .* line 3: ',' expected after '\"'"),
+    ({"a.csv": b"text,label\na,b\n\xe9,b\n"}, "line 3 is not UTF-8: save the table as CSV UTF-8"),
+    ({"a.csv": "text,text\na,b\n"}, "two of its columns have one name: text, text"),
+    ({"a.csv": 'text,label\n"a\nb",c\n\nd,\n'}, "/a.csv:5: the prompt or the answer is empty"),
+    ({"a.csv": "text,label\n"}, "/a.csv: it holds no example"),
+    ({"a.csv": ""}, "/a.csv: it holds no example"),
+    ({"a.csv": "Q,A,Day\na,b,c\n"}, "a.csv not read: its columns are Q, A, Day: name the prompt's"),
+    # Files as a whole
+    ({"a.jsonl": "[{}"}, "1 bad line: /a.jsonl: it cannot be read: "),
+    ({"a.jsonl": b"\xff\xfea"}, "/a.jsonl: it cannot be read: "),
+    ({"a.jsonl": "[" * 100_000}, "/a.jsonl: it cannot be read: "),
+    ({"a.json": "[]"}, "holds no task: .* It holds a.json"),
+    ({"train.parquet": b"PAR1"}, "It holds train.parquet; train.parquet not read: write its lines"),
+    ({".a/train.jsonl": TWO}, "holds no task: no .jsonl or .csv file, .* It holds .a"),
+    # Names of splits and tasks
+    ({"b/training.jsonl": TWO}, "b holds .jsonl files, and no train.jsonl: give the file"),
+    ({"training.jsonl": TWO, "valid.jsonl": TWO}, "valid.jsonl, and no train.jsonl beside it"),
+    ({"train.jsonl": TWO, "validation.jsonl": TWO}, "others: validation. Rename it to valid.jsonl"),
+    ({"train.json": TWO, "x.jsonl": TWO}, "as it holds train.json, and holds others: x. Move"),
+    ({"b.json": TWO, "b.jsonl": TWO}, "holds b twice: b.json and b.jsonl"),
+    ({"b.json": TWO, "b/train.jsonl": TWO}, "holds b twice, as a folder and as a file"),
+], ids=lambda x: x[:30] if isinstance(x, str) else "")
+def test_a_folder_is_refused_with_its_place(tmp_path: Path, files: dict[str, str | bytes],
+                                            reason: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises((ValueError, FileNotFoundError)) as refused:
         load_tasks(tmp_path)
-    (tmp_path / "b.json").unlink()
-    with pytest.raises(ValueError, match="holds b twice, as a folder and as a file"):
-        load_tasks(put(tmp_path, b__train=text))
+    assert re.search(reason, str(refused.value).replace(str(tmp_path), "")), refused.value
+
+
+def test_what_is_asked_for_is_there(tmp_path: Path) -> None:
+    put(tmp_path, a=lines(PAIR), b=lines(PAIR))
+    with pytest.raises(FileNotFoundError, match="has no task c, x; it has a, b"):
+        load_tasks(tmp_path, ["a", "c", "x"])
+    with pytest.raises(FileNotFoundError, match="no such data folder"):
+        load_tasks(tmp_path / "gone")
+    (tmp_path / "t.csv").write_text("a,b\nc,d\nc,e\n")
+    with pytest.raises(ValueError, match="t.csv: .* it has no column x; it has a, b"):
+        load_tasks(tmp_path / "t.csv", columns=("a", "x"))
+    assert load_tasks(tmp_path / "t.csv", columns=("a", "b"))[0].train
+
+
+def test_files_beside_the_splits_are_told(tmp_path: Path) -> None:
+    put(tmp_path, t__train=lines(*numbered(3)), t__validation=lines(PAIR))
+    (tmp_path / "t" / "test.tsv").write_text("a\tb\n1\t2\n")
+    (tmp_path / "u").mkdir()
+    (tmp_path / "u" / "train.csv").write_text("a,b\n1,2\n")
+    task, = load_tasks(tmp_path)
+    told = [note.partition(" not read: ")[0] for note in task.notes if "not read" in note]
+    assert told == ["validation.jsonl", "test.tsv", "train.csv"]
 
 
 # Tables
@@ -262,23 +306,6 @@ def test_a_table_holds_the_same_lines(tmp_path: Path, name: str, between: str, e
     found = {(m[0]["content"], m[1]["content"]) for m in task.train + task.valid + task.test}
     assert found == {*ROWS}
     assert ("keys that are ignored: id (3)" in task.notes) == (not named)
-
-
-@pytest.mark.parametrize("content, columns, reason", [
-    (b"text,label\na,b\nc\n", (), ":.* line 3 has 1 fields where the first row names 2; a text "
-     "with ',' stands in quotes"),
-    (b'text,label\na,"b\nc,d\n', (), ":.* line 2: unexpected end of data"),
-    (b'text,label\na,b\na,"b"c\n', (), ":.* line 3: ',' expected after '\"'"),
-    (b"text,label\na,b\n\xe9,b\n", (), ":.* line 3 is not UTF-8: save the table as CSV UTF-8"),
-    (b"text,text\na,b\n", (), ":.* two of its columns have one name: text, text"),
-    (b"a,b\nc,d\n", ("a", "x"), ":.* it has no column x; it has a, b"),
-    (b'text,label\n"a\nb",c\n\nd,\n', (), ":5: the prompt or the answer is empty"),
-    (b"text,label\n", (), ": it holds no example"), (b"", (), ": it holds no example")])
-def test_a_bad_table_is_refused_with_its_line(tmp_path: Path, content: bytes, columns: Any,
-                                              reason: str) -> None:
-    (tmp_path / "a.csv").write_bytes(content)
-    with pytest.raises(ValueError, match=f"^1 bad line: {tmp_path}/a.csv{reason}$"):
-        load_tasks(tmp_path, columns=columns)
 
 
 def test_loose_quotes_in_a_table_with_tabs_are_text(tmp_path: Path) -> None:
@@ -305,63 +332,6 @@ def test_columns_beside_lines_and_pipes_are_told(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "c.jsonl", Path("/dev/null")):
         with pytest.raises(ValueError, match="is a pipe or a device: write its lines into a"):
             load_tasks(place)
-
-
-def test_a_table_of_other_columns_asks_for_their_names(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("Frage,Antwort,Datum\na,b,c\n")
-    with pytest.raises(FileNotFoundError, match="a.csv not read: its columns are Frage, Antwort, "
-                                                "Datum: name the prompt's and the answer's"):
-        load_tasks(tmp_path)
-    assert load_tasks(tmp_path, columns=("Frage", "Antwort"))[0].train
-
-
-@pytest.mark.parametrize("name, content", [
-    ("a.jsonl", b"[{}"), ("a.jsonl", b"\xff\xfea"), ("a.jsonl", b"[" * 100_000)])
-def test_a_file_that_cannot_be_read_is_one_reason(tmp_path: Path, name: str, content: bytes,
-                                                  ) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"^1 bad line: {tmp_path}/{name}: it cannot be read: "):
-        load_tasks(tmp_path)
-
-
-def test_a_split_of_another_name_or_form_is_told(tmp_path: Path) -> None:
-    """As in the exports of datasets: train.json beside x.jsonl, validation.jsonl, train.parquet."""
-    root = put(tmp_path / "a", train=lines(*numbered(3)), validation=lines(PAIR))
-    with pytest.raises(ValueError, match="holds others: validation. Rename it to valid.jsonl"):
-        load_tasks(root)
-    root = put(tmp_path / "b", x=lines(*numbered(3)))
-    (root / "train.json").write_text(json.dumps(numbered(3)))
-    with pytest.raises(ValueError, match="as it holds train.json, and holds others: x. Move"):
-        load_tasks(root)
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "train.parquet").write_bytes(b"PAR1")
-    with pytest.raises(FileNotFoundError, match="It holds train.parquet; train.parquet not read: "
-                                                "write its lines into a .jsonl or .csv file"):
-        load_tasks(tmp_path / "c")
-    put(root := tmp_path / "d", t__train=lines(*numbered(3)))
-    (root / "t" / "test.tsv").write_text("a\tb\n1\t2\n")
-    (root / "u").mkdir()
-    (root / "u" / "train.csv").write_text("a,b\n1,2\n")
-    for name, note in zip(("test.tsv", "train.csv"), load_tasks(root)[0].notes[-2:]):
-        assert note.startswith(f"{name} not read: ")
-
-
-def test_an_unknown_task_or_folder_is_refused(tmp_path: Path) -> None:
-    put(tmp_path, a=lines(PAIR), b=lines(PAIR))
-    with pytest.raises(FileNotFoundError, match="has no task c, x; it has a, b"):
-        load_tasks(tmp_path, ["a", "c", "x"])
-    with pytest.raises(FileNotFoundError, match="no such data folder"):
-        load_tasks(tmp_path / "gone")
-    (tmp_path / "void").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no task: .* It holds nothing"):
-        load_tasks(tmp_path / "void")
-    with pytest.raises(FileNotFoundError, match="has no task a; it has none"):
-        load_tasks(tmp_path / "void", ["a"])
-    (tmp_path / "void" / "a.json").write_text("[]")
-    with pytest.raises(FileNotFoundError, match="It holds a.json"):
-        load_tasks(tmp_path / "void")
-    with pytest.raises(FileNotFoundError, match="a.json holds no task: no .jsonl or .csv file"):
-        load_tasks(tmp_path / "void" / "a.json")
 
 
 @pytest.mark.parametrize("link", ["b", "b.jsonl", "a/train.jsonl", "a/valid.jsonl", "a/test.jsonl"])
