@@ -7,8 +7,8 @@ numbers, spaces and marks, and what they are composed of: its Unicode differs fr
 import re
 import shutil
 import struct
-from collections.abc import Mapping
-from functools import reduce
+import zlib
+from collections.abc import Iterable, Mapping
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from ..data.tokenizer import Tokenizer
 from ..io.files import read_json
 from ..method.vocabulary import BPE, BYTE, BYTES
 from ..runtime.choices import answer_tokens
+from ..runtime.drafts import read_drafts
 from ..runtime.folder import known_tasks
+from .contract import QUESTION
 
 Rows = list[tuple[int, int, int, int]]
 NONE, SPECIAL, ONE_WORD, GPT2, LLAMA3 = 0xFFFFFFFF, 1 << 31, 0, 1, 2
@@ -96,9 +98,36 @@ def tree(values: Mapping[str, int]) -> Rows:
     return [(nodes[w[:-1]], ord(w[-1]), nodes.get(w, NONE), values.get(w, NONE)) for w in ways]
 
 
+def task_tables(folder: Path, tokenizer: Tokenizer, first: int) -> tuple[list[str], Rows, Rows]:
+    """Texts, the first of which is text `first`, and the tables TASKS and CHOICES."""
+    tasks = known_tasks(folder)
+    sets = [answer_tokens(tokenizer, tuple(task["choices"])) if task["choices"] else {}
+            for task in tasks.values()]
+    texts = [*tasks, *(task["instruction"] for task in tasks.values())]
+    answers = {"".join(map(chr, (n, *tokens))): text for n, choices in enumerate(sets)
+               for tokens, text in choices.items()}
+    choices = [(node, token, *((child, NONE) if n == NONE else (first + len(texts) + n, 0)))
+               for node, token, child, n in tree({way: n for n, way in enumerate(answers)})]
+    roots = {row[1]: row[2] for row in choices if not row[0]}
+    return [*texts, *answers.values()], [
+        (first + n, first + len(sets) + n, roots.get(n, NONE), max(map(len, answers), default=0))
+        for n, answers in enumerate(sets)], choices
+
+
+def crc32(files: Iterable[Path]) -> int:
+    """Of the files that are there, end to end."""
+    check = 0
+    for path in filter(Path.is_file, files):
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                check = zlib.crc32(part, check)
+    return check
+
+
 def write_port(folder: Path, info: Mapping[str, Any], tokenizer: Tokenizer) -> None:
-    """Write answer.c and answer.bin into a folder of which export.json says `info`."""
-    shutil.copyfile(Path(__file__).with_name("port") / "answer.c", folder / "answer.c")
+    """Write answer.c, answer.h and answer.bin into a folder of which export.json says `info`."""
+    for name in ("answer.c", "answer.h"):
+        shutil.copyfile(Path(__file__).with_name("port") / name, folder / name)
     bpe, words, numbers, flags = splitting(folder)
     vocab, special, size, said = bpe.vocab, tokenizer.special, info["vocab_size"], info["contract"]
     added = {text: i for text, i in bpe.added.items() if text not in special}
@@ -111,13 +140,9 @@ def write_port(folder: Path, info: Mapping[str, Any], tokenizer: Tokenizer) -> N
              if flags & WHOLE_WORDS and text == text.decode("utf-8", "ignore").encode()}
     if fallback:
         names = {t: i for t, i in (vocab | {" ": vocab["▁"]}).items() if len(t) == 1}
-    tasks = {n: task["choices"] for n, task in known_tasks(folder).items() if task["choices"]}
-    answers = {"".join(map(chr, (n, *tokens))): text for n, choices in enumerate(tasks.values())
-               for tokens, text in answer_tokens(tokenizer, tuple(choices)).items()}
-    texts = [*(written.get(i, b"") for i in range(size)), *map(str.encode, tasks),
-             *map(str.encode, answers.values())]
-    choices = [(*way, *((child, NONE) if n == NONE else (size + len(tasks) + n, 0)))
-               for *way, child, n in tree({tokens: n for n, tokens in enumerate(answers)})]
+    named, tasks, choices = task_tables(folder, tokenizer, size + 1)
+    texts = [*(written.get(i, b"") for i in range(size)), *map(str.encode, [QUESTION, *named])]
+    drafts = {"".join(map(chr, ids[::-1])): token for ids, token in read_drafts(folder).items()}
     cut = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len)[::-1])) + ")")
     tables: list[Any] = [
         b"".join(texts), [0, *accumulate(map(len, texts))], [vocab.get(t, NONE) for t in byte],
@@ -129,8 +154,7 @@ def write_port(folder: Path, info: Mapping[str, Any], tokenizer: Tokenizer) -> N
         sorted((vocab[a], vocab[b], rank, vocab[a + b]) for (a, b), rank in bpe.ranks.items()),
         tree(names), tree(added), *pages[2:],
         [(i, 0, *struct.unpack("<I", struct.pack("<f", score)), 0) for i, score in zip(
-            golden["logits"]["ids"], golden["logits"]["values"])],
-        [(size + n, 0, row[2], 0) for n, row in enumerate(choices[:len(tasks)])], choices]
+            golden["logits"]["ids"], golden["logits"]["values"])], tasks, choices, tree(drafts)]
     places, body = list[int](), b""
     for table in tables:                     # of a row, the second number comes first: see answer.c
         flat = [n for entry in table for n in (
@@ -139,8 +163,8 @@ def write_port(folder: Path, info: Mapping[str, Any], tokenizer: Tokenizer) -> N
         places += [48 + 8 * len(tables) + len(body), len(table)]
         body += data + bytes(-len(data) % 8)
     flags |= STRIP * said["prompt"]["strip"] | SHARED * (said["cache"] == "shared")
-    body = struct.pack(f"<7If{len(places)}I", size, info["context"], max(map(len, texts)), words,
-                       numbers, flags, 0, golden["logits"]["tolerance"], *places) + body
-    check = reduce(lambda check, word: (check ^ word) * 0x100000001B3 % (1 << 64),
-                   struct.unpack(f"<{len(body) // 8}Q", body), 0xCBF29CE484222325)
-    (folder / "answer.bin").write_bytes(b"answer.1" + struct.pack("<Q", check) + body)
+    body = struct.pack(
+        f"<7IfI{len(places)}I", crc32(folder / name for name in ("model.onnx", "model.onnx.data")),
+        size, info["context"], words, numbers, flags, size, golden["logits"]["tolerance"], 0,
+        *places) + body
+    (folder / "answer.bin").write_bytes(b"answer.2" + struct.pack("<I", zlib.crc32(body)) + body)

@@ -14,7 +14,10 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
+import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +26,7 @@ from typing import Any
 
 import onnxruntime
 import pytest
+from app import App
 from exported import ship
 from tiny import BYTES, DELTA, ROOT, random_hf, save_bytes_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
@@ -39,6 +43,7 @@ from minismoe.io.files import read_json
 from minismoe.method.vocabulary import BPE, tokens_to_keep
 from minismoe.method.vocabulary import BYTES as CODES
 from minismoe.runtime import Generator
+from minismoe.runtime.drafts import make_drafts, write_drafts
 
 PORT = ROOT / "minismoe" / "export" / "port"
 COMPILERS = [name for name in ("gcc", "clang") if shutil.which(name)]
@@ -67,7 +72,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         (folder / name).symlink_to(LIBRARY)
 
     @cache
-    def built(source: Path, *flags: str, compiler: str = "") -> Path:
+    def built(source: Path, *flags: object, compiler: str = "") -> Path:
         out = folder / f"program{len([*folder.iterdir()])}"
         subprocess.run([compiler or COMPILERS[0], "-O2", *flags, f"-I{PORT}", source, f"-L{folder}",
                         f"-Wl,-rpath,{folder}", "-lonnxruntime", "-o", out], check=True)
@@ -94,7 +99,7 @@ def test_it_compiles_without_a_warning(compiler: str, build: Callable[..., Path]
         pytest.skip(f"no compiler {compiler}")
     build(PORT / "answer.c", *STRICT, compiler=compiler)
     lines = (PORT / "answer.c").read_text().splitlines()
-    assert len(lines) <= 500 and max(map(len, lines)) <= 100
+    assert len(lines) <= 900 and max(map(len, lines)) <= 100
 
 
 # Tokens
@@ -118,7 +123,7 @@ def random_texts(count: int, words: Sequence[str], seed: int = 0) -> list[str]:
         lambda: rng.choice(["'s", "'S", "'ſ", "'ll", "'Ve", "n't", " '", "e\u0301", "a\u0323\u0307",
                             "\u0344", "\u0958", "\u212b", "\u0f73", "\U0001d15f"]),
         lambda: rng.choice(words), lambda: rng.choice(words), lambda: rng.choice(SPECIAL)]
-    return ["".join(rng.choice(pieces)() for _ in range(rng.choice([0, 1, 2, 4, 8, 20])))
+    return ["".join(rng.choice(pieces)() for _ in range(rng.choice([1, 1, 2, 4, 8, 20])))
             for _ in range(count)]
 
 
@@ -231,6 +236,18 @@ def compare_tokens(folder: Path, program: Path, texts: Sequence[str], **options:
         assert [*map(int, line.split())] == [*first, *ids, *last], repr(text)
 
 
+def tokenizer_folder(name: str, root: Path) -> Path:
+    """A folder with one of MADE."""
+    (root / name).mkdir()
+    content = MADE[name]()
+    (root / name / "tokenizer.json").write_text(json.dumps(content))
+    ids = [*content["model"]["vocab"].values(), *(t["id"] for t in content["added_tokens"])]
+    (root / name / "config.json").write_text(json.dumps({"vocab_size": max(ids) + 1}))
+    (root / name / "tokenizer_config.json").write_text(json.dumps(
+        {"chat_template": TEMPLATE, "eos_token": "<|im_end|>"}))
+    return root / name
+
+
 @pytest.mark.parametrize("count", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [*MADE, "toy", *REAL])
 def test_tokens_are_those_of_the_library(name: str, count: int, tmp_path: Path,
@@ -242,13 +259,7 @@ def test_tokens_are_those_of_the_library(name: str, count: int, tmp_path: Path,
             (tmp_path / name).mkdir(exist_ok=True)
             shutil.copy(file, tmp_path / name)
     else:
-        (tmp_path / name).mkdir()
-        content = MADE[name]()
-        (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
-        ids = [*content["model"]["vocab"].values(), *(t["id"] for t in content["added_tokens"])]
-        (tmp_path / name / "config.json").write_text(json.dumps({"vocab_size": max(ids) + 1}))
-        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(
-            {"chat_template": TEMPLATE, "eos_token": "<|im_end|>"}))
+        tokenizer_folder(name, tmp_path)
     folder, program = tmp_path / name, build(ROOT / "tests/tools/tokens.c", *SANITIZED)
     lines = [m[0]["content"] for task in toy.tasks() for m in task.test]
     compare_tokens(folder, program, [*random_texts(count, lines), *lines])
@@ -274,9 +285,9 @@ def ported(root: Path, *flags: str, **config: Any) -> Path:
 def answers_of(folder: Path, questions: Sequence[str], most: int) -> list[str]:
     """The runtime's answers, each as a line."""
     generator, tokenizer = Generator(folder, threads=1), load_tokenizer(folder)
-    prompts = [tokenizer.render([{"role": "user", "content": q}], True) for q in questions]
-    return ["".join(generator.text(generator.generate(p, most), strip=True)).replace("\n", "\\n")
-            for p in prompts]
+    prompts = [tokenizer.render([{"role": "user", "content": q.strip()}], True) for q in questions]
+    return ["".join(generator.text(generator.generate(p, most), strip=True)).replace(
+        "\n", "\\n").replace("\r", "\\r") for p in prompts]
 
 
 def readable(lines: Sequence[str]) -> list[str]:
@@ -311,14 +322,14 @@ def test_answers_are_those_of_the_runtime(kind: str, tmp_path: Path,
         chosen = [generator.choose(generator.tokenizer.render(chat, True), CHOICES)[0]
                   for chat in chats]
         assert len({answer.text for answer in chosen}) > 1
-        for way in ("--choices", "--choices=one"):
-            assert ask(program, folder, way, text="\r\n".join(questions)) == "".join(
-                f"{answer.text}\n" for answer in chosen)
-        done = subprocess.run([program, folder, "--choices", questions[0]], capture_output=True)
+        said = ask(program, folder, "--task=one", "--choices", text="\r\n".join(questions))
+        assert said == "".join(f"{answer.text}\n" for answer in chosen)
+        done = subprocess.run([program, folder, "--task", "one", "--choices", questions[0]],
+                              capture_output=True)
         told = re.match(rb"\[log-probability (\S+) \((\S+) %", done.stderr)
         assert told and float(told[1]) == pytest.approx(chosen[0].logprob, abs=1e-3)
         assert float(told[2]) == pytest.approx(100 * math.exp(chosen[0].logprob), abs=0.1)
-        assert "--choices=TASK" in ask(program, folder, "--choices=free", "a", code=1)
+        assert "free has no set" in ask(program, folder, "--choices", "--task=free", "a", code=1)
     weights = folder / "model.onnx.data"
     weights.write_bytes(bytes(b ^ 0x11 for b in weights.read_bytes()))
     assert subprocess.run([program, folder, "--check"], capture_output=True).returncode == 1
@@ -368,6 +379,214 @@ def test_templates_and_tokenizers_are_refused_by_name(
     assert ("prompt" in info["contract"]) == (not template)
 
 
+# As an app asks
+
+INSTRUCTION = "Is it so? Say yes or no.\n"
+TASKS = {"one": {"choices": CHOICES, "instruction": INSTRUCTION},
+         "two": {"choices": ["yes", "perhaps"], "instruction": ""}}
+QUESTIONS = [f"Is {a} less than {b}?" for a in range(2, 7) for b in range(2, 6)]
+
+
+def tasked(folder: Path, tasks: Any, **changes: Any) -> Path:
+    """Write answer.bin of an exported folder anew, for these tasks and a changed contract."""
+    info = read_json(folder / "export.json")
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    write_port(folder, info | {"contract": info["contract"] | changes}, load_tokenizer(folder))
+    record(info, folder)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path, exported: Path) -> Path:
+    """A folder of the task that has an instruction and a set."""
+    shutil.copytree(exported, tmp_path / "model")
+    return tasked(tmp_path / "model", {"one": TASKS["one"]})
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ported(tmp_path_factory.mktemp("model"), "--precision fp32")
+
+
+@pytest.fixture(scope="session")
+def library(build: Callable[..., Path]) -> Path:
+    return build(PORT / "answer.c", "-fPIC", "-shared", "-DANSWER_LIBRARY")
+
+
+def test_a_task_is_asked_as_it_was_judged(model: Path, build: Callable[..., Path]) -> None:
+    """With its instruction, once, and from its set; under the sanitizer, in lines and alone."""
+    program = build(PORT / "answer.c", *SANITIZED)
+    asked = [INSTRUCTION + question for question in QUESTIONS]
+    said = answers_of(model, asked, 8)
+    assert said != answers_of(model, QUESTIONS, 8)
+    for texts in QUESTIONS, asked, [f" \t{q}\u3000\r" for q in QUESTIONS]:
+        lines = ask(program, model, "--max-tokens", 8, text="\ufeff" + "\n".join(
+            text.replace("\n", " ") if "\n" in text else text for text in texts))
+        assert readable(lines.split("\n")[:-1]) == readable(said) or texts is asked
+    alone = ask(program, model, asked[0], "--max-tokens=8").replace("\n", "\\n").replace(
+        "\r", "\\r")
+    assert readable([alone]) == readable([said[0] + "\\n"])
+    generator = Generator(model, threads=1)
+    best = [generator.choose(generator.tokenizer.render([{"role": "user", "content": q}], True),
+                             CHOICES, 3) for q in asked]
+    assert ask(program, model, "--choices", text="\n".join(QUESTIONS)) == "".join(
+        f"{a[0].text}\n" for a in best)
+    assert ask(program, model, "--best=3", text="\n".join(QUESTIONS)) == "".join(
+        "\t".join(f"{math.exp(a.logprob):.4f}\t{a.text}" for a in three) + "\n" for three in best)
+
+
+def test_each_task_has_its_own_set(model: Path, build: Callable[..., Path]) -> None:
+    program = build(PORT / "answer.c", *SANITIZED)
+    tasked(model, TASKS)
+    assert ask(program, model, "--task=two", "--choices", "Why?") in ("yes\n", "perhaps\n")
+    assert "one, two" in ask(program, model, "--choices", "Why?", code=1)
+    assert "no task three: it has one, two" in ask(program, model, "--task=three", "a", code=1)
+    done = subprocess.run([program, model, QUESTIONS[0], "--max-tokens=8"], capture_output=True)
+    assert b"--task: one, two" in done.stderr            # asked without an instruction
+
+
+def test_each_stop_token_ends_an_answer(model: Path, build: Callable[..., Path]) -> None:
+    question = [{"role": "user", "content": "Why?"}]
+    generator = Generator(model, threads=1)
+    ids = [*generator.generate(generator.tokenizer.render(question, True), 24)]
+    tasked(model, {}, stop_ids=[*generator.tokenizer.stop_ids, ids[5]])
+    said = ask(build(PORT / "answer.c", *SANITIZED), model, "Why?")
+    assert readable([said]) == readable(
+        ["".join(generator.text(ids[:ids.index(ids[5])], strip=True)) + "\n"])
+
+
+def test_the_context_is_used_to_its_end(model: Path, library: Path) -> None:
+    app = App(library, tasked(model, {}))
+    app.ask("x", most=1)
+    room = 1024 - app.result.prompt_tokens       # besides an x, each of which is a token
+    app.ask("x" * room)
+    assert app.result.tokens <= 1 and app.result.prompt_tokens == 1023
+    with pytest.raises(ValueError, match="1024 tokens, which leaves no room .* context of 1024"):
+        app.ask("x" * (room + 1))
+    assert app.ask("x", most=1) is not None      # and goes on
+    app.close()
+
+
+def test_check_sees_other_files_tokens_and_scores(model: Path, build: Callable[..., Path]) -> None:
+    program = build(PORT / "answer.c")
+    golden = read_json(model / "export.json")["contract"]["golden"]
+    ask(program, model, "--check")
+    first, *others = golden["logits"]["values"]
+    scores = golden["logits"] | {"values": [first + 0.5 * abs(first), *others]}
+    for wrong, says in (({"input_ids": [1, *golden["input_ids"][1:]]}, "tokens of the question"),
+                        ({"logits": scores}, "the same text, scores within"),
+                        ({"tokens": [1, *golden["tokens"][1:]]}, "another text, scores within")):
+        tasked(model, {}, golden=golden | wrong)
+        assert says in ask(program, model, "--check", code=1)
+    data = bytearray((model / "model.onnx.data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (model / "model.onnx.data").write_bytes(data)
+    assert "not those of the export" in ask(program, model, "--check", code=1)
+
+
+def test_drafts_save_steps_and_change_nothing(model: Path, library: Path) -> None:
+    generator = Generator(tasked(model, {}), threads=1)
+    prompts = [generator.tokenizer.render([{"role": "user", "content": q}], True)
+               for q in QUESTIONS]
+    ids = [[*generator.generate(prompt, 24)] for prompt in prompts]
+    plain = App(library, model)
+    said = [plain.ask(q, most=24) for q in QUESTIONS]
+    assert plain.result.steps == plain.result.tokens - 1
+    write_drafts(model, make_drafts([(generator.encoded([p])[0], i) for p, i in zip(prompts, ids)]))
+    generator, app, steps = Generator(tasked(model, {}), threads=1), App(library, model), 0
+    for question, asked, text in zip(QUESTIONS, prompts, said):
+        assert app.ask(question, most=24) == text
+        answer = generator.generate(asked, 24)
+        assert len([*answer]) == app.result.tokens and answer.steps == app.result.steps
+        steps += answer.steps
+    assert steps < 20 * 15
+    plain.close()
+    app.close()
+
+
+def test_python_asks_two_folders_at_once(model: Path, exported: Path, library: Path,
+                                         tmp_path: Path) -> None:
+    """By ctypes. An open that fails holds nothing, and can be tried again; after an error a folder
+    answers; errors are one line."""
+    with pytest.raises(ValueError, match="cannot read"):
+        App(library, tmp_path / "none")
+    shutil.copytree(model, tmp_path / "broken")
+    (tmp_path / "broken/model.onnx").write_bytes(b"none")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="^onnxruntime: [^\n]*$"):
+            App(library, tmp_path / "broken")
+    apps = [App(library, model), App(library, exported)]
+    alone = [[app.ask(q, most=8) for q in QUESTIONS] for app in apps]
+    assert alone[0] != alone[1]
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(lambda app: [app.ask(q, most=8) for q in QUESTIONS], apps)] == alone
+    for wrong in "", "x" * 2000:
+        with pytest.raises(ValueError, match="empty|no room"):
+            apps[0].ask(wrong)
+    assert [apps[0].ask(q, most=8) for q in QUESTIONS] == alone[0]
+    generator = Generator(model, threads=1)
+    chat = [{"role": "user", "content": INSTRUCTION + QUESTIONS[0]}]
+    best = generator.choose(generator.tokenizer.render(chat, True), CHOICES, 5)
+    for (text, logprob), right in zip(apps[0].choose(QUESTIONS[0], 5, "one"), best, strict=True):
+        assert text == right.text and logprob == pytest.approx(right.logprob, abs=1e-4)
+    for app in apps:
+        app.close()
+
+
+RUN = r"""
+import app.Answer;
+import java.nio.file.*;
+public class Run {
+    static String failed(Answer model, String text) {
+        try { return (model == null ? new Answer(text, 1) : model).ask(text, null, true); }
+        catch (IllegalStateException e) { return e.getMessage(); }
+    }
+    static long resident() throws Exception {
+        String pages = Files.readString(Path.of("/proc/self/statm")).split(" ")[1];
+        return Long.parseLong(pages) * 4;
+    }
+    public static void main(String[] args) throws Exception {
+        System.out.println(failed(null, "/none"));
+        Answer model = new Answer(args[0], 1);
+        String[] lines = new String(System.in.readAllBytes(), "UTF-8").split("\n");
+        for (String line : lines) System.out.println(model.ask(line, null, true));
+        long before = 0;
+        for (int i = 0; i < Integer.parseInt(args[1]); i++) {
+            if (i == 300) before = resident();
+            model.ask(lines[i % lines.length], null, true);
+            if (i % 50 == 0) failed(model, "long".repeat(25000));
+        }
+        System.out.println(resident() - before);
+        model.close();
+    }
+}"""
+
+
+@pytest.mark.skipif(not shutil.which("javac"), reason="no Java compiler")
+@pytest.mark.parametrize("count", [600, pytest.param(5000, marks=pytest.mark.slow)])
+def test_java_asks(count: int, model: Path, tmp_path: Path, build: Callable[..., Path]) -> None:
+    """The class of the Android project: answers of the runtime, an exception with the error's line,
+    and flat memory, with questions of 100 kB among them."""
+    android, java = PORT / "android", Path(shutil.which("javac") or "").resolve().parents[1]
+    program = build(PORT / "answer.c", android / "answer_jni.c", *STRICT, "-fPIC", "-shared",
+                    "-DANSWER_LIBRARY", f"-I{java}/include", f"-I{java}/include/linux")
+    (tmp_path / "libanswer.so").symlink_to(program)
+    (tmp_path / "Run.java").write_text(RUN)
+    subprocess.run(["javac", "-d", tmp_path, android / "src/main/java/app/Answer.java",
+                    tmp_path / "Run.java"], check=True)
+    done = subprocess.run(
+        ["java", "-Xmx64m", "-XX:+UseSerialGC", f"-Djava.library.path={tmp_path}", "-cp", tmp_path,
+         "Run", model, str(count)], input="\n".join(QUESTIONS), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    error, *answers, growth = done.stdout.splitlines()
+    assert error.startswith("cannot read /none/answer.bin")
+    assert answers == ask(build(PORT / "answer.c"), model, "--choices",
+                          text="\n".join(QUESTIONS)).splitlines()
+    assert int(growth) < 10_000                  # kB
+
+
+# What is wrong
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ported(tmp_path_factory.mktemp("small"), "--precision fp32 --context 96")
@@ -377,17 +596,45 @@ def test_bad_input_ends_in_one_line(small: Path, tmp_path: Path,
                                     build: Callable[..., Path]) -> None:
     program = build(PORT / "answer.c", *SANITIZED)
     assert "cannot read" in ask(program, tmp_path, "a", code=1)
-    half = b"a\nhi\xed\xa0\x80\n"         # of a pair of surrogates
-    assert "question 2: byte 3 is no UTF-8" in ask(program, small, text=half, code=1)
-    assert "question 1 leaves no room" in ask(program, small, "x" * 90, code=1)
-    assert "question 1 leaves no room" in ask(program, small, "--choices", "x" * 75, code=1)
-    assert "question 2 is empty" in ask(program, small, text="a\n\nb\n", code=1)
-    assert subprocess.run([program], capture_output=True).returncode == 2
+    assert "no room" in ask(program, small, "x" * 90, code=1)
+    assert "no room" in ask(program, small, "--choices", "--task=one", "x" * 75, code=1)
+    assert "has no line" in ask(program, small, code=1)
+    half = b"a\nhi\xed\xa0\x80\n\n" + b"x" * 300 + b"\n\0b\na"      # half of a pair of surrogates
+    done = subprocess.run([program, small, "--max-tokens=4"], input=half, capture_output=True,
+                          env=os.environ | QUIET)
+    first, *bad, last, end = done.stdout.decode().split("\n")
+    assert first == last and (bad, end, done.returncode) == ([""] * 4, "", 1)
+    said = done.stderr.decode()
+    for line in ("line 2: byte 3 of the question is no UTF-8", "line 3: the question is empty",
+                 "line 4: the question has", "line 5: a byte is zero",
+                 "error: 4 of 6 lines have no answer"):
+        assert line in said
     content = (small / "answer.bin").read_bytes()
     (tmp_path / "answer.bin").write_bytes(content)
     assert "model.onnx" in ask(program, tmp_path, "a", code=1)       # there is none
-    (tmp_path / "answer.bin").write_bytes(b"answer.2" + content[8:])
-    assert "not of version 1" in ask(program, tmp_path, "a", code=1)
+    (tmp_path / "answer.bin").write_bytes(b"answer.1" + content[8:])
+    assert "not of version 2" in ask(program, tmp_path, "a", code=1)
+
+
+@pytest.mark.parametrize("flag", ["--bogus", "--choicesfoo", "--max-tokens=abc", "--max-tokens=0",
+                                  "--threads=100000", "--task", "--best=-1", ""])
+def test_wrong_usage_is_one_line(flag: str, build: Callable[..., Path]) -> None:
+    program = build(PORT / "answer.c")
+    said = ask(program, *filter(None, ["folder" if flag else "", flag]), code=2)
+    assert said.count("\n") == 1 and flag.partition("=")[0] in said
+    assert ask(program, "--help").startswith("usage: answer FOLDER")
+
+
+@pytest.mark.parametrize("name", ["gemma", "digits"])
+def test_long_texts_take_linear_time(name: str, tmp_path: Path, build: Callable[..., Path]) -> None:
+    program = build(ROOT / "tests/tools/tokens.c")
+    port_of(tokenizer_folder(name, tmp_path))
+    times = list[float]()
+    for text in b"ab" * 15_000, b"ab" * 150_000:
+        start = time.perf_counter()
+        ask(program, tmp_path / name, text=struct.pack("<I", len(text)) + text)
+        times.append(time.perf_counter() - start)
+    assert times[1] < 20 * times[0] + 0.5
 
 
 def damaged(content: bytes, rng: random.Random, hashed: bool) -> bytes:
@@ -401,11 +648,8 @@ def damaged(content: bytes, rng: random.Random, hashed: bool) -> bytes:
     if rng.random() < 0.1:
         del data[rng.randrange(16, len(data)) & -8:]
     if hashed:
-        data = bytearray(content[:16]) + data[16:len(data) & -8 or None]
-        check = 0xCBF29CE484222325
-        for word in struct.unpack(f"<{len(data) // 8 - 2}Q", data[16:]):
-            check = (check ^ word) * 0x100000001B3 % (1 << 64)
-        data[8:16] = struct.pack("<Q", check)
+        data = bytearray(content[:12]) + data[12:len(data) & -8 or None]
+        data[8:12] = struct.pack("<I", zlib.crc32(data[12:]))
     return bytes(data)
 
 

@@ -74,7 +74,9 @@ def answers(folder: Path) -> dict[str, Any]:
     logits = []
     for value in generator.forced(generator.encoded(prompts[-1:])[0], texts[-1]):
         count = value.shape()[-1]
-        logits += ctypes.cast(value.data_ptr(), ctypes.POINTER(ctypes.c_float))[:count]
+        rows = value.shape()[1]
+        floats = ctypes.cast(value.data_ptr(), ctypes.POINTER(ctypes.c_float))
+        logits += floats[(rows - 1) * count:rows * count]
     return {"texts": texts, "batch": batch, "logits": logits,
             "choices": [a.text for a in generator.choose(prompts[1], CHOICES, 3)]}
 
