@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minismoe import reference
-from minismoe.method.allocate import MOST, STRATEGIES, Allocation, allocate, grouped
+from minismoe.method.allocate import MOST, STRATEGIES, Allocation, allocate
 
 KINDS = ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj")  # by name
 Model = tuple[dict[str, dict[str, float]], dict[str, tuple[int, int]]]
@@ -59,16 +59,6 @@ def size(allocation: Allocation, shapes: dict[str, tuple[int, int]]) -> int:
 
 
 # The paper's rule
-
-
-def test_the_example_of_the_file() -> None:
-    scores = {"1": {"q": 9.0, "k": 1.0, "v": 5.0, "o": 2.0},
-              "2": {"q": 0.1, "k": 0.2, "v": 0.9, "o": 0.3}}
-    found = allocate(scores, keep=0.5)
-    assert list(found.experts.items()) == [("q", 1), ("v", 2), ("o", 1)]
-    assert (found.rank, found.alpha, found.top_k, found.keep) == (8, 16, 2, 0.5)
-    assert (found.strategy, found.group, found.trainable_parameters) == (
-        "votes", "attention_mlp", None)
 
 
 @given(models(), keeps)
@@ -210,7 +200,8 @@ def test_votes_that_fall_short_are_raised_to_min_experts() -> None:
 @pytest.mark.parametrize(("module", "attention"), [
     ("model.layers.0.self_attn.q_proj", True), ("h.0.attn.c_attn", True),
     ("encoder.layer.0.attention.self.query", True), ("model.layers.0.mlp.up_proj", False),
-    ("attn_net.layers.0.mlp.up_proj", False), ("layers.0.mlp.attn_gate", False)])
+    ("attn_net.layers.0.mlp.up_proj", False), ("layers.0.conv.in_proj", True),
+    ("layers.0.mlp.attn_gate", False)])
 def test_attention_is_told_by_the_parent_inside_the_layer(module: str, attention: bool) -> None:
     scores = {"t": {"z.0.attn.probe": 2.0, "z.0.mlp.probe": 2.0, module: 1.0}}
     chosen = allocate(scores, keep=0.01).experts  # one a group: the probes, which score higher
@@ -334,13 +325,6 @@ def test_bad_files_are_refused_with_every_problem(value: object, names: list[str
         Allocation.from_json(value)
     assert [name for name in names if name not in str(caught.value)] == []
     assert "fine" not in str(caught.value)
-
-
-def test_a_convolution_is_ranked_with_attention() -> None:
-    """As LFM2's: both mix tokens."""
-    names = ["model.layers.0.conv.in_proj", "model.layers.0.feed_forward.w1",
-             "model.layers.1.self_attn.q_proj", "model.layers.1.feed_forward.w1"]
-    assert grouped(names) == [names[::2], names[1::2]]
 
 
 def test_a_rank_of_the_smaller_side_is_allowed() -> None:

@@ -145,13 +145,6 @@ def test_gates_of_equal_and_of_dead_experts_are_those_of_least_squares() -> None
         torch.testing.assert_close(c, wanted[:, 0])          # it may be singular
 
 
-def test_untrained_experts_lose_nothing() -> None:
-    model = model_of()
-    for layer in expert_layers(model).values():
-        layer.lora_B.data.zero_()
-    assert {f.residual for f in fit(model, tasks())[None].values()} == {0.0}
-
-
 def test_tasks_of_one_sample_are_refused() -> None:
     with pytest.raises(ValueError, match="b: two calibration samples or more are needed"):
         no_fits(expert_layers(model_of()), {"a": [batch(1)], "b": [batch(1, 1)]}, [None])
@@ -250,17 +243,6 @@ def test_bfloat16_is_merged_in_float32_and_rounded_once() -> None:
         assert result.dtype == torch.bfloat16
         nearest = (wide.bfloat16().double() - wide).abs()        # float32 may miss it at a tie
         assert ((result.double() - wide).abs() <= nearest + 1e-6 * wide.abs().max()).all()
-
-
-def test_bfloat16_gathers_in_float32() -> None:
-    model, data = model_of(dtype=torch.bfloat16), tasks(40)
-    fits = fit(model, data)[None]
-    xs = reads(model, [b for t in data for b in held_out(data[t], True)])
-    for name in ROUTED:
-        # Batched, bfloat16 rounds elsewhere than sample by sample, and top-k may flip.
-        layer = expert_layers(model)[name]
-        assert fits[name].residual == pytest.approx(
-            loss(fits[name], layer, xs[name].float()), rel=0.2)
 
 
 def test_what_is_not_finite_is_refused_by_name() -> None:

@@ -95,14 +95,6 @@ def test_bfloat16_sums_in_float32() -> None:
     assert all(g.isfinite().all() for g in trained_gradients(model, losses.sum()).values())
 
 
-def test_huge_logits_do_not_overflow() -> None:
-    model, data = model_of(), batch()
-    model.lm_head.weight.data *= 1000
-    losses, _ = supervised_losses(model, *data)
-    torch.testing.assert_close(losses, reference(model, *data)[0], rtol=1e-5, atol=1e-3)
-    assert all(g.isfinite().all() for g in trained_gradients(model, losses.sum()).values())
-
-
 @pytest.mark.parametrize("kind", ["llama", "hf-llama"])
 def test_full_logits_never_exist(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minismoe.method.loss.CHUNK", 3 * V)

@@ -3,6 +3,7 @@
 import copy
 import gc
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -86,14 +87,6 @@ def test_equals_the_gradient_of_each_sample(kind: str, lengths: list[int], pad: 
     exact = 1e-9 if experts and pad != "left" else 1e-4    # transformers rotates in float32
     assert (expected > 0).all() and found.dtype == torch.float64
     torch.testing.assert_close(found, expected, rtol=exact, atol=0)
-
-
-@pytest.mark.parametrize("kind", ["llama", "hf-llama"])
-def test_bfloat16_is_near(kind: str) -> None:
-    model, data = model_of(kind).bfloat16(), batch(LENGTHS["grams and products"])
-    found, expected = norms_of(model, data), expected_norms(model, data)
-    assert ((found - expected).abs() / expected).median() < 0.1
-    torch.testing.assert_close(found.sum(), expected.sum(), rtol=0.1, atol=0)
 
 
 def test_float16_squares_do_not_underflow() -> None:
@@ -215,43 +208,19 @@ def mixed(kind: str) -> nn.Module:
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    for name, parameter in model.named_parameters():
-        kept[name] = (parameter, parameter.requires_grad, parameter.detach().clone(),
-                      None if parameter.grad is None else parameter.grad.clone())
-    for name, module in model.named_modules():
-        hooks = [list(value.values()) for key, value in sorted(vars(module).items())
-                 if key.endswith("_hooks")]
-        kept[f"module {name}"] = module.training, hooks
-    return kept
+    """Parameters (which ones, their values and gradients), modes and hooks."""
+    def content(t: Tensor | None) -> Any:
+        return t if t is None else t.tolist()
+
+    hooks = {name: (module.training, [list(value.values()) for key, value in sorted(
+        vars(module).items()) if key.endswith("_hooks")]) for name, module in model.named_modules()}
+    return hooks | {f"{name}.": (id(p), p.requires_grad, content(p.detach()), content(p.grad))
+                    for name, p in model.named_parameters()}
 
 
-def assert_same(model: nn.Module, before: dict[str, Any]) -> None:
-    after = state(model)
-    assert after.keys() == before.keys()
-    for name, kept in before.items():
-        if name.startswith("module "):
-            assert after[name] == kept, name
-            continue
-        assert after[name][0] is kept[0], name
-        assert after[name][1] == kept[1], name
-        assert after[name][2].equal(kept[2]), name
-        assert (after[name][3] is None) == (kept[3] is None), name
-        assert kept[3] is None or after[name][3].equal(kept[3]), name
-
-
+@pytest.mark.parametrize("where", ["nowhere", "labels", "input_ids", "backward", "batches"])
 @pytest.mark.parametrize("kind", ["llama", "hf-qwen2"])
-def test_the_model_is_left_as_it_was(kind: str) -> None:
-    model, data = mixed(kind), batch([7, 3, 5])
-    before = state(model)
-    first = norms_of(model, data)
-    assert_same(model, before)
-    assert norms_of(model, data).equal(first)
-
-
-@pytest.mark.parametrize("where", ["labels", "input_ids", "backward", "batches"])
-@pytest.mark.parametrize("kind", ["llama", "hf-qwen2"])
-def test_also_after_an_exception(kind: str, where: str) -> None:
+def test_the_model_is_left_as_it_was_also_after_an_exception(kind: str, where: str) -> None:
     model, (ids, mask, labels) = mixed(kind), batch([7, 3, 5])
     before = state(model)
 
@@ -262,16 +231,18 @@ def test_also_after_an_exception(kind: str, where: str) -> None:
         bad = torch.full_like(ids, V + 5)
         yield (bad if where == "input_ids" else ids), mask, (bad if where == "labels" else labels)
 
+    def fail(module: nn.Module, inputs: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        if output.requires_grad:
+            output.register_hook(lambda gradient: 1 / 0)
+
     if where == "backward":
-        def fail(module: nn.Module, inputs: Any, output: Any) -> None:
-            output = output[0] if isinstance(output, tuple) else output
-            if output.requires_grad:
-                output.register_hook(lambda gradient: 1 / 0)
         handle = model.model.layers[0].register_forward_hook(fail)
         before = state(model)
-    with pytest.raises((RuntimeError, IndexError, ZeroDivisionError)):
+    with nullcontext() if where == "nowhere" else pytest.raises(
+            (RuntimeError, IndexError, ZeroDivisionError)):
         probe(model, {"task": batches()})
-    assert_same(model, before)
+    assert state(model) == before
     if where == "backward":
         handle.remove()
     assert norms_of(model, (ids, mask, labels)).isfinite().all()
