@@ -106,20 +106,6 @@ def test_any_stored_dtype_loads_as_any_other(
     assert model(IDS).dtype == asked
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@torch.no_grad()
-def test_half_precision_stays_near_transformers(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """As near to the float32 logits as `transformers` comes at the same dtype, or nearly."""
-    from transformers import AutoModelForCausalLM
-
-    hf, folder = checkpoint("smollm2")
-    exact = hf(IDS).logits
-    half = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    theirs, ours = half(IDS).logits.float(), load_model(folder, dtype=dtype)(IDS).float()
-    assert relative(ours, exact) < 1.5 * relative(theirs, exact)
-    assert relative(ours, exact) > 0
-
-
 @pytest.mark.parametrize("form", [
     {"dtype": torch.bfloat16}, {"base_bits": 8}, {"base_bits": 4, "dtype": torch.bfloat16},
     {"device": "meta"}], ids=str)
@@ -186,12 +172,6 @@ def test_all_tensors_that_do_not_fit_are_named_at_once(folder: Path) -> None:
     assert str(e.value).count(";") == 4, "a tensor that fits was named"
 
 
-def test_a_long_list_of_problems_ends_in_a_count(folder: Path) -> None:
-    edit(folder, lambda t: t.update({f"extra.{i}": torch.zeros(1) for i in range(50)}))
-    with pytest.raises(ValueError, match="and 30 more"):
-        load_model(folder)
-
-
 def overwrite(file: Path, place: int, new: bytes) -> None:
     content = bytearray(file.read_bytes())
     place %= len(content)
@@ -203,19 +183,14 @@ def overwrite(file: Path, place: int, new: bytes) -> None:
     (lambda f: shutil.rmtree(f), FileNotFoundError, "no such model folder"),
     (lambda f: (f / "config.json").unlink(), FileNotFoundError, "no config.json"),
     (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json is not valid JSON"),
-    (lambda f: (f / "config.json").write_bytes(b"\xff"), ValueError, "is not valid JSON"),
     (lambda f: (f / "config.json").write_text("[" * 10**6), ValueError, "is not valid JSON"),
     (lambda f: (f / "config.json").write_text("[]"), ValueError, "holds no JSON object"),
     (lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'), ValueError,
      "config.json: this model is not implemented: model_type 'gpt2'"),
     (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError,
      "neither model.safetensors nor model.safetensors.index.json"),
-    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), FileNotFoundError,
-     "neither model.safetensors nor"),
     (lambda f: cut(f / "model.safetensors"), ValueError, "no valid safetensors file"),
     (lambda f: overwrite(f / "model.safetensors", 8, b"not json"), ValueError, "no valid safetens"),
-    (lambda f: overwrite(f / "model.safetensors", 6, b"\x10"), ValueError, "no valid safetensors"),
-    (lambda f: (f / "model.safetensors").write_bytes(b""), ValueError, "no valid safetensors file"),
     (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), ValueError,
      "no valid safetensors file")])
 def test_broken_folders_are_refused(
@@ -364,25 +339,15 @@ def test_adapter_files_hold_what_loading_needs(folder: Path, adapter: Path) -> N
 
 def test_an_adapter_of_another_base_is_refused(checkpoint: Checkpoint, folder: Path, adapter: Path,
                                                ) -> None:
-    other = load_model(checkpoint("llama_biases")[1])
+    """Weights that are stored in another dtype are rounded otherwise, so the dtype is named."""
+    other, first = load_model(checkpoint("llama_biases")[1]), load_model(folder).fingerprint
     with pytest.raises(ValueError, match="another base") as e:
         load_adapter(other, adapter)
-    assert other.fingerprint in str(e.value)
-    assert load_model(folder).fingerprint in str(e.value)
-    assert str(folder) in str(e.value)
+    assert all(named in str(e.value) for named in (other.fingerprint, first, str(folder)))
     assert not expert_layers(other)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_base_stored_in_another_dtype_is_refused_by_the_dtypes_names(
-        folder: Path, adapter: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    """The weights are rounded otherwise, though it is the same base to its owner."""
-    other = Path(shutil.copytree(folder, tmp_path / "other"))
-    edit_tensors(other / "model.safetensors", lambda tensors: tensors.update(
-        {name: tensor.to(dtype) for name, tensor in tensors.items()}))
-    name = str(dtype).removeprefix("torch.")
-    with pytest.raises(ValueError, match=f"stored then, in float32: here it is in {name}$"):
-        load_adapter(load_model(other, torch.float32), adapter)
+    edit(folder, lambda t: t.update({name: x.bfloat16() for name, x in t.items()}))
+    with pytest.raises(ValueError, match="stored then, in float32: here it is in bfloat16$"):
+        load_adapter(load_model(folder, torch.float32), adapter)
 
 
 def test_an_adapter_whose_tensors_do_not_fit_is_refused(folder: Path, adapter: Path) -> None:

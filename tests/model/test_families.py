@@ -14,7 +14,6 @@ from minismoe.export.layouts import copy_base_files, write_hf, write_weights
 from minismoe.io.files import read_json, write_json
 from minismoe.method.freeze import Fit
 from minismoe.method.loss import supervised_losses
-from minismoe.method.sensitivity import probe
 from minismoe.model.checkpoint import load_model
 from minismoe.model.config import Config, text_part
 from minismoe.model.decoder import meta_model
@@ -76,40 +75,6 @@ def some_config(kind: str, seed: int) -> dict[str, Any]:
     return config
 
 
-def compare(kind: str, seed: int, folder: Path) -> None:
-    """Logits with pads on either side, every gradient, and greedy texts."""
-    config = some_config(kind, seed)
-    hf = random_hf("", kind, **config)
-    hf.save_pretrained(folder)
-    model = load_model(folder)
-    assert {model.config.name(n): p.shape for n, p in model.named_parameters()} == {
-        n: p.shape for n, p in hf.named_parameters()}
-    lengths = (17, random.Random(seed).randint(2, 16), 1)
-    ids, right = padded(lengths, seed=seed, vocabulary=97)
-    for mask in (right, right.flip(1)):
-        labels = torch.where(mask.cumsum(1) > 1, ids * mask - 100 * (1 - mask), -100)
-        for m in (hf, model):
-            m.requires_grad_(True).zero_grad()
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        found = hf(ids, attention_mask=mask, position_ids=positions, labels=labels)
-        ours = model(ids, mask)
-        close(ours[mask.bool()], found.logits[mask.bool()])
-        found.loss.backward()
-        supervised_losses(model, ids, mask, labels)[0].mean().backward()
-        theirs = dict(hf.named_parameters())
-        largest = max(p.grad.abs().max() for p in theirs.values())
-        for name, p in model.named_parameters():
-            if (p.grad - theirs[model.config.name(name)].grad).abs().max() > 1e-4 * largest:
-                # In float32 a norm over few numbers may lose more, in transformers, too.
-                close_in_float64(folder, ids, mask, labels, lengths)
-                break
-    prompts = [row[:n].tolist() for row, n in zip(ids, lengths)]
-    for prompt, text in zip(prompts, generate(model, prompts, 12, ())):
-        said = hf.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False,
-                           eos_token_id=None, use_cache=True)
-        assert text == said[0, len(prompt):].tolist()
-
-
 def close_in_float64(folder: Path, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor,
                      lengths: tuple[int, ...]) -> None:
     """Every gradient. transformers reads row by row without pads, which are NaN in its float64."""
@@ -130,37 +95,41 @@ def close_in_float64(folder: Path, ids: torch.Tensor, mask: torch.Tensor, labels
         assert (p.grad - its).abs().max() <= tolerance * largest, name
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [*range(3), *(
+    pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 20))])
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_models_equal_transformers(kind: str, seed: int, tmp_path: Path) -> None:
-    compare(kind, seed, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3, 20))
-@pytest.mark.parametrize("kind", KINDS)
-def test_many_random_models_equal_transformers(kind: str, seed: int, tmp_path: Path) -> None:
-    compare(kind, seed, tmp_path)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_probe_equals_the_gradients_of_each_sample(kind: str, tmp_path: Path) -> None:
-    """The squared norm of every linear layer's gradient, in float64."""
-    random_hf("", kind, **some_config(kind, 1)).save_pretrained(tmp_path)
-    model, g = load_model(tmp_path, torch.float64), torch.Generator().manual_seed(0)
-    ids, mask = torch.randint(97, (3, 9), generator=g), torch.ones(3, 9, dtype=torch.long)
-    mask[1, 6:], mask[2, :4] = 0, 0
-    labels = torch.where(mask.bool(), ids, -100)
-    scores = probe(model, {"a": [(ids, mask, labels)]})["a"]
-    model.requires_grad_(True)
-    wanted = dict.fromkeys(scores, 0.0)
-    for row in zip(ids, mask, labels):
-        model.zero_grad()
-        supervised_losses(model, *(part[None] for part in row))[0].mean().backward()
-        for name in wanted:
-            wanted[name] += float(model.get_parameter(f"{name}.weight").grad.square().sum())
-    assert min(wanted.values()) > 0
-    assert scores == pytest.approx(wanted, rel=1e-9)
+    """Logits with pads on either side, every gradient, and greedy texts."""
+    config = some_config(kind, seed)
+    hf = random_hf("", kind, **config)
+    hf.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert {model.config.name(n): p.shape for n, p in model.named_parameters()} == {
+        n: p.shape for n, p in hf.named_parameters()}
+    lengths = (17, random.Random(seed).randint(2, 16), 1)
+    ids, right = padded(lengths, seed=seed, vocabulary=97)
+    for mask in (right, right.flip(1)):
+        labels = torch.where(mask.cumsum(1) > 1, ids * mask - 100 * (1 - mask), -100)
+        for m in (hf, model):
+            m.requires_grad_(True).zero_grad()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        found = hf(ids, attention_mask=mask, position_ids=positions, labels=labels)
+        ours = model(ids, mask)
+        close(ours[mask.bool()], found.logits[mask.bool()])
+        found.loss.backward()
+        supervised_losses(model, ids, mask, labels)[0].mean().backward()
+        theirs = dict(hf.named_parameters())
+        largest = max(p.grad.abs().max() for p in theirs.values())
+        for name, p in model.named_parameters():
+            if (p.grad - theirs[model.config.name(name)].grad).abs().max() > 1e-4 * largest:
+                # In float32 a norm over few numbers may lose more, in transformers, too.
+                close_in_float64(tmp_path, ids, mask, labels, lengths)
+                break
+    prompts = [row[:n].tolist() for row, n in zip(ids, lengths)]
+    for prompt, text in zip(prompts, generate(model, prompts, 12, ())):
+        said = hf.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False,
+                           eos_token_id=None, use_cache=True)
+        assert text == said[0, len(prompt):].tolist()
 
 
 # Sizes as published, and how many parameters they make. Those of Gemma 3 1B and Granite 4.0 350M
@@ -231,7 +200,6 @@ def test_published_sizes_make_the_published_models(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "change", "named"), [
     ("gemma-3-1b", {"model_type": "gemma3n_text"}, "gemma3n_text"),
-    ("gemma-3-1b", {"model_type": "gemma3n", "text_config": GEMMA}, "gemma3n'"),
     ("gemma-3-1b", {"model_type": "llava", "text_config": GEMMA}, "llava'"),
     ("gemma-3-1b", {"model_type": "gemma3", "text_config": GEMMA, "quantization_config": {
         "quant_method": "awq"}}, "awq"),
@@ -242,8 +210,6 @@ def test_published_sizes_make_the_published_models(name: str) -> None:
                                         "sliding_attention": {"rope_type": "yarn"}}}, "yarn"),
     ("gemma-3-1b", {"rope_parameters": {"full_attention": {"rope_type": "default"},
                                         "sliding_attention": "x"}}, "only one rope"),
-    ("gemma-3-1b", {"model_type": "gemma4", "text_config": GEMMA}, "gemma4': only llama"),
-    ("Qwen3.5-0.8B", {"model_type": "qwen3_5_moe"}, "qwen3_5_moe': only llama"),
     ("Qwen3.5-0.8B", {"quantization_config": {"quant_method": "fp8"}}, "(fp8): only bf16, fp16"),
     ("Qwen3.5-0.8B", {"text_config": TEXT | {
         "rope_parameters": {"partial_rotary_factor": 0.1}}}, "factor 0.1"),
@@ -254,7 +220,6 @@ def test_published_sizes_make_the_published_models(name: str) -> None:
     ("granite-4.0-350m", {"layer_types": ["mamba"] * 28}, "mamba"),
     ("granite-4.0-350m", {"layer_types": None}, "layer_types"),
     ("granite-4.0-350m", {"logits_scaling": 0}, "logits_scaling = 0"),
-    ("LFM2-350M", {"model_type": "lfm2_moe"}, "lfm2_moe"),
     ("LFM2-350M", {"conv_bias": True}, "conv_bias = True"),
     ("LFM2-350M", {"conv_L_cache": 1}, "conv_L_cache = 1"),
     ("LFM2-350M", {"conv_L_cache": 65}, "conv_L_cache = 65"),
