@@ -52,8 +52,8 @@ def unlabelled(file: str, source: Source) -> list[Example]:
     prompts = [[{"role": "user", "content": line}] for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{file} holds no prompt")
-    render, most = source.tokenizer.render, source.trained.config.max_position_embeddings
-    ids = [source.tokenizer.encode(render(p, add_generation_prompt=True))[0] for p in prompts]
+    most = source.trained.config.max_position_embeddings
+    ids = [source.tokenizer.encode_chat(p, True).ids for p in prompts]
     return [Example("prompts", tokens[:most], [IGNORE] * len(tokens[:most])) for tokens in ids]
 
 

@@ -61,8 +61,7 @@ def check_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:
     """Token prompts from the test lines of the tasks in turn; without data, a few of our own."""
     chats = [list(m[:-1]) for lines in zip_longest(*(t.test for t in source.tasks))
              for m in lines if m] or [[{"role": "user", "content": text}] for text in HELLO]
-    render, encode = source.tokenizer.render, source.tokenizer.encode
-    return [encode(render(chat, add_generation_prompt=True))[0] for chat in chats[:count]]
+    return [source.tokenizer.encode_chat(chat, True).ids for chat in chats[:count]]
 
 
 def sizes_of(config: ExportConfig, source: Source) -> tuple[int, tuple[int, int, int] | None]:
