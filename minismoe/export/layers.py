@@ -28,6 +28,10 @@ class MergedWeight(nn.Module):
         super().__init__()
         self.base, self.fit, self.shape = base, fit, base.shape
 
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias: (..., in) -> (..., out)."""
+        return F.linear(x, self.dense(), bias)
+
     @property
     def device(self) -> torch.device:
         return self.fit.lora_A.device

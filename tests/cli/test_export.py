@@ -803,5 +803,5 @@ def test_every_task_is_checked_until_there_are_enough_prompts() -> None:
     def task(name: str, count: int) -> SimpleNamespace:
         return SimpleNamespace(test=[[{"content": f"{name}{i}"}, {}] for i in range(count)])
     source = SimpleNamespace(tasks=[task("a", 1), task("b", 5)], tokenizer=SimpleNamespace(
-        encode_chat=lambda chat, _: SimpleNamespace(ids=[chat[0]["content"]])))
+        encode_chat=lambda chat, _: SimpleNamespace(ids=chat[0]["content"])))
     assert plan.check_prompts(source, 4) == ["a0", "b0", "b1", "b2"]
