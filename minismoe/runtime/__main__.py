@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from minismoe.io.signals import end_quietly
+    end_quietly()
+
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +17,7 @@ from typing import TYPE_CHECKING
 from ..io.flags import from_flags, natural, new_parser, option, positive, text
 from ..io.text import open_streams, print_error
 from .api import Api
-from .folder import read_info
+from .folder import adapter_of, read_info
 from .sampling import Sampling
 from .terminal import Terminal
 
@@ -21,7 +26,8 @@ if TYPE_CHECKING:
 
 # A browser keeps a page and its model by port, so that a folder is best found at the same one.
 PORT, PORTS = 8471, 100                      # the first that --serve tries, and how many
-NEEDS = {**dict.fromkeys(("api_key", "cors", "cache", "quiet"), "serve"), "host": "api_key",
+CACHES = 4                                   # chats that --serve keeps in memory
+NEEDS = {**dict.fromkeys(("api_key", "cors", "quiet"), "serve"), "host": "api_key",
          "best": "choices", "json": "lines",
          **dict.fromkeys(("top_p", "top_k", "min_p", "seed"), "temperature")}    # above 0
 CONFLICTS = {                                # a flag, and what cannot stand beside it
@@ -49,8 +55,6 @@ def _parser() -> argparse.ArgumentParser:
         "as MINISMOE_API_KEY in the environment, as others see the flags of a process")
     add("--cors", type=text, action="append", default=[], metavar="ORIGIN", help="with --serve: a "
         "site whose pages may ask, as https://example.com; *: all (with a key, the key decides)")
-    add("--cache", type=natural, default=1000, metavar="MB", help="with --serve: memory for chats "
-        "that were read earlier, beside that of the last one (default: 1000)")
     add("--quiet", action="store_true", help="with --serve: no line for each request")
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
     add("--instructions", type=text, metavar="FILE|TASK", help="begin with a file's "
@@ -66,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--lines", action="store_true", help="answer each line of the standard input in one line, "
         "as it comes; line ends in an answer are written as \\n")
     add("--json", action="store_true", help="with --lines: each answer as a JSON object")
-    add("--task", help="use the adapter of this task, if the folder has adapters")
+    add("--task", help="put the instruction of this task before the question, and use its adapter, "
+        "if the folder has them (default: the folder's only task)")
     add("--stop", type=text, action="append", default=[], metavar="TEXT", help="end the answer "
         "before this text; may be given again")
     add("--no-drafts", action="store_true", help="one step for each token, to compare; drafts.json "
@@ -101,8 +106,9 @@ def _open(args: argparse.Namespace) -> Generator:
     from .generator import Generator  # here, since --help needs no onnxruntime
     from .providers import CPU
 
-    generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify,
-                          args.cache * 1_000_000 if args.serve is not None else 0)
+    generator = Generator(args.folder, args.provider, args.threads,
+                          adapter_of(Path(args.folder), args.task), args.verify,
+                          CACHES if args.serve is not None else 1)
     if args.no_drafts:
         generator.drafts = {}
     nodes = generator.nodes                  # slow ones on the CPU are shown in any case
@@ -137,7 +143,7 @@ def main(argv: Sequence[str]) -> None:
     at_terminal = sys.stdin.isatty() and args.prompt is args.choices is None and not (
         args.raw or args.lines)
     if args.chat or at_terminal:
-        if terminal.before:
+        if args.instructions and terminal.before:
             raise ValueError("--instructions TASK is text before one prompt: give PROMPT; a chat "
                              "takes --instructions FILE, as its system prompt")
         terminal.talk()
@@ -154,6 +160,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """Call main and exit: 0 done, 1 failed with one line on stderr, 130 after Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     open_streams()
     try:
         main(sys.argv[1:])

@@ -32,7 +32,6 @@ import onnxruntime as ort
 from .folder import CACHE_TYPES, FLOAT, INT64
 
 ZERO, ONE = array("q", [0]), array("q", [1])
-PAGE = 64                # tokens of a head: memory is taken in pages; on a GPU, as a whole at first
 
 
 class GraphCache:
@@ -77,11 +76,6 @@ class GraphCache:
                 io.bind_ortvalue_input(past, value)
                 io.bind_ortvalue_output(present, value)
 
-    @property
-    def bytes(self) -> int:
-        """Memory of the keys and values."""
-        return sum(value.tensor_size_in_bytes() for value in self.past.values())
-
     def cut(self, n: int) -> bool:
         """Keep the first n tokens alone; False, and no change, if that is impossible.
 
@@ -120,13 +114,6 @@ class SharedCache(GraphCache):
 
     def __init__(self, session: ort.InferenceSession, info: Mapping[str, Any], *others: Any):
         super().__init__(session, info, *others, P=info["context"], in_place=True)
-        self._longest = 0                    # of the texts that it held
-
-    @property
-    def bytes(self) -> int:
-        self._longest = max(self._longest, len(self.tokens))
-        taken = -(-self._longest // PAGE) * PAGE if self.memory[0] == "cpu" else self.P
-        return super().bytes * min(taken, self.P) // self.P
 
     def cut(self, n: int) -> bool:
         if self._fed_back:                   # of convolutions, or of delta nets

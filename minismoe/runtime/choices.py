@@ -17,6 +17,7 @@ so one answer may begin another.
 from __future__ import annotations
 
 import heapq
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -36,6 +37,11 @@ class Answer(NamedTuple):
 
     text: str
     logprob: float
+
+
+def as_json(answers: Sequence[Answer]) -> list[dict[str, object]]:
+    """Answers with their probabilities, as --json and the server write them."""
+    return [{"text": answer.text, "probability": math.exp(answer.logprob)} for answer in answers]
 
 
 def answer_tokens(tokenizer: Tokenizer, choices: tuple[str, ...]) -> dict[Tokens, str]:

@@ -1,6 +1,7 @@
 """What an exported folder says: export.json, checked before anything is opened, and its tasks."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -100,13 +101,38 @@ def known_tasks(folder: Path) -> dict[str, dict[str, Any]]:
     raise ValueError(f"{folder / TASKS} does not hold what export.py writes: export again")
 
 
+def instruction_of(folder: Path, task: str | None = None) -> str:
+    """What training put before the questions of a task or, without a name, of the only task; ""
+    if there is nothing, or one of several tasks is meant: then a line on stderr names them."""
+    tasks = known_tasks(folder)
+    if task is None and len(tasks) > 1 and any(entry["instruction"] for entry in tasks.values()):
+        print(clean(f"[asked without an instruction; --task NAME puts that of a task before the "
+                    f"question: {', '.join(tasks)}]"), file=sys.stderr)
+    name = task if task is not None or len(tasks) != 1 else next(iter(tasks))
+    return str(tasks[name]["instruction"]) if name in tasks else ""
+
+
+def instructed(instruction: str, question: str) -> str:
+    """A question behind its task's instruction, with which it may begin already."""
+    return question if question.startswith(instruction) else instruction + question
+
+
+def adapter_of(folder: Path, task: str | None) -> str | None:
+    """The task, if the folder has an adapter of it; ValueError if it knows no such task."""
+    adapters = read_info(folder).get("adapters") or {}
+    known = {**known_tasks(folder), **adapters}
+    if task is not None and task not in known:
+        raise ValueError(f"{folder} has no task {task!r}; present: {', '.join(known) or 'none'}")
+    return task if task in adapters else None
+
+
 def task_or_file(folder: Path, name: str, key: str) -> tuple[Any, str]:
     """What the folder says under `key` of the task `name`; or None, and the text of the file
     `name`. Raises ValueError if `name` is neither, or for a file that is not UTF-8."""
     known = {task: entry[key] for task, entry in known_tasks(folder).items() if entry[key]}
     if name in known:                        # a task's name may be no file name
         return known[name], ""
-    if not Path(name).is_file():
+    if not Path(name).is_file() and not Path(name).is_fifo():        # <(...) of a shell
         raise ValueError(f"{name} is no file, and none of the tasks of which {folder} knows this: "
                          f"{', '.join(known) or 'none'}")
     with naming(f"{name} is not UTF-8 text", ValueError):

@@ -34,7 +34,7 @@ from .choices import Answer, Tokens, answer_tokens, likeliest
 from .drafts import drafted
 from .folder import FLOAT, INT64
 from .grammar import CALLS, allowed, call_grammar, follow, grammar_tokens, new_matcher
-from .model import CachedModel
+from .model import CachedModel, go_on
 from .sampling import Sampling, floats_of, penalized, permitted
 
 
@@ -67,8 +67,8 @@ class Generator(CachedModel):
 
     provider: as `find_device` takes it, or "auto": the best of those that the export was checked
     on; threads: default, the physical cores; task: an adapter of the folder; verify: compare hashes
-    as well as sizes; spare_bytes: what the caches of earlier prompts may take beside the one in
-    use, so that a chat goes on after another prompt. Give each thread a generator of its own.
+    as well as sizes; caches: how many prompts stay in memory, so that a chat goes on after others.
+    Give each thread a generator of its own.
     Raises FileNotFoundError or ValueError for a folder that is incomplete or broken.
     """
 
@@ -78,23 +78,25 @@ class Generator(CachedModel):
         return lru_cache(8)(partial(answer_tokens, self.tokenizer))
 
     def generate(self, prompt: str | Sequence[int], max_tokens: int | None = None,
-                 grammar: str = "", fast_forward: bool = True, **sampling: Any) -> Generation:
+                 grammar: Any = "", fast_forward: bool = True,
+                 check: Callable[[], None] = go_on, **sampling: Any) -> Generation:
         """The tokens that follow a prompt, to iterate over.
 
         prompt: token ids, or text as `tokenizer.prompt` or `tokenizer.render` makes it of a chat;
-        grammar: of the answer, as grammar.py writes it; fast_forward: read tokens that alone may
-        follow together with those before them, without `logits`; sampling: fields of `Sampling`.
-        Raises ValueError for a wrong prompt or argument.
+        grammar: of the answer, as grammar.py writes it, or a new `matcher` of one; fast_forward:
+        read tokens that alone may follow together with those before them, without `logits`; check:
+        is called before each step, and may raise; sampling: fields of `Sampling`. Raises ValueError
+        for a wrong prompt or argument.
         """
         settings = Sampling(max_tokens, **sampling)
         if settings.top_k > self.candidates:
             raise ValueError(f"top_k {settings.top_k}: the sampler gives {self.candidates} tokens")
         tokens, = self.encoded([prompt])
-        return Generation(partial(self._write, tokens, settings, fast_forward,
-                                  self.matcher(grammar) if grammar else None))
+        matcher = self.matcher(grammar) if grammar and isinstance(grammar, str) else grammar or None
+        return Generation(partial(self._write, tokens, settings, fast_forward, matcher, check))
 
     def _write(self, prompt: list[int], settings: Sampling, fast_forward: bool, matcher: Any,
-               answer: Generation) -> Iterator[int]:
+               check: Callable[[], None], answer: Generation) -> Iterator[int]:
         """Yield the tokens of `answer`, and fill in its fields."""
         room, limit = self.room(len(prompt)), settings.max_tokens
         steps = room if limit is None else min(room, limit)
@@ -102,7 +104,7 @@ class Generator(CachedModel):
         rng, stops = random.Random(settings.seed), {*self.tokenizer.stop_ids}
         read, written = {*prompt}, Counter[int]()
         text, drafts = list[int](), list[int]()      # written; read, and not known to be right
-        logits, answer.cached_tokens = self.prefill(prompt)
+        logits, answer.cached_tokens = self.prefill(prompt, check)
         version, answer.read_tokens = self._version, len(prompt) - answer.cached_tokens
         while steps:
             answer.logits = row = floats_of(logits, -1 - len(drafts))
@@ -130,7 +132,7 @@ class Generator(CachedModel):
             if steps and right < len(new):
                 self.cut(len(prompt) + len(text) - len(new) + right)
                 drafts = self._drafts(prompt, text, steps - 1, matcher)
-                logits = self.read(new[right:] + drafts)
+                logits = self.read(new[right:] + drafts, check)
                 answer.steps += 1
         answer.ended = ended
 
@@ -254,7 +256,7 @@ class Generator(CachedModel):
                 for number, tokens in enumerate(self.encoded(prompts))]
 
     def choose(self, prompt: str | Sequence[int], choices: Sequence[str], best: int = 1,
-               ) -> list[Answer]:
+               check: Callable[[], None] = go_on) -> list[Answer]:
         """The `best` likeliest of the answers `choices` to a prompt, with log-probabilities.
 
         Raises ValueError for answers that `answer_tokens` refuses, and for a prompt too long for
@@ -264,7 +266,7 @@ class Generator(CachedModel):
             raise ValueError(f"the answers are the text {choices!r}: give a list of texts")
         answers = self._answer_tokens(tuple(choices))
         tokens, = self.encoded([prompt], max(map(len, answers)))
-        return likeliest(lambda start: self.prefill([*tokens, *start])[0], answers, best)
+        return likeliest(lambda start: self.prefill([*tokens, *start], check)[0], answers, best)
 
     def text(self, tokens: Iterable[int], stop: Sequence[str] = (), strip: bool = False,
              ) -> Iterator[str]:

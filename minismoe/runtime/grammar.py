@@ -18,6 +18,7 @@ COMBINED, NAMING = {"anyOf", "oneOf", "$ref", "patternProperties"}, {"properties
 CALLS = 8                                    # of one answer: small models go on calling
 EXCLUDING = ("exclusiveMinimum", "exclusiveMaximum")
 BOUNDS = ("minimum", "maximum", *EXCLUDING)
+LARGEST, MULTIPLE = 32_000, 100_000          # bytes of a schema, and product of its multipleOf
 
 
 def json_grammar(schema: Any) -> str:
@@ -36,11 +37,18 @@ def _json(schema: Any) -> str:
     the schema may have others.
     """
     text = json.dumps(schema)
-    combines = '"allOf"' in text
+    if len(text) > LARGEST:                  # to compile it would take long
+        raise ValueError(f"the schema has {len(text):,} bytes: at most {LARGEST:,} are read")
+    combines, multiple = '"allOf"' in text, 1.0
 
     def close(part: dict[str, Any]) -> dict[str, Any]:
-        nonlocal combines
+        nonlocal combines, multiple
         _refuse_bounds(part)
+        factor = part.get("multipleOf")
+        multiple *= max(1.0, factor) if isinstance(factor, int | float) else 1.0
+        if multiple > MULTIPLE:              # its automaton has so many states
+            raise ValueError("the numbers of multipleOf in the schema have a product above "
+                             f"{MULTIPLE:,}: give smaller ones")
         constants = json.dumps([part.get(key) for key in ("const", "enum", "default", "examples")])
         combines = combines or bool(part.keys() & COMBINED and part.keys() & NAMING)
         combines = combines or "properties" in constants             # objects, and no schemas

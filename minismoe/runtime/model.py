@@ -27,21 +27,24 @@ CHUNK = 512                                  # tokens of a prompt that one step 
 LARGE = 32 << 20                             # bytes of a model: more than most caches hold
 
 
+def go_on() -> None:
+    """The check before each step that lets a generation go on."""
+
+
 class CachedModel:
     """The graphs of a folder, and caches of what they have read; arguments as of `Generator`."""
 
-    check: Callable[[], None] = staticmethod(lambda: None)   # called before each step; may raise
     _version = 0                 # how often the cache was emptied, cut or changed
 
     def __init__(self, folder: str | Path, provider: str | None = None,
                  threads: int | None = None, task: str | None = None, verify: bool = False,
-                 spare_bytes: int = 0):
+                 caches: int = 1):
         self.folder = Path(folder)
         self.info = read_info(self.folder, verify)
         self.static: list[int] | None = self.info.get("static")              # 1, T, P
         self.context: int = min([self.info["context"], *(self.static or [])[2:]])
         self.tasks: dict[str, str] = self.info.get("adapters") or {}
-        self.spare_bytes, self._caches = spare_bytes, list[GraphCache]()     # the last is in use
+        self.most_caches, self._caches = caches, list[GraphCache]()          # the last is in use
         self._adapters: dict[str | None, tuple[Any, dict[str, Any]]] = {None: (None, {})}
         # The decoder comes first: much of the memory that it takes to open is free afterwards, and
         # then the tokenizer takes it.
@@ -128,50 +131,50 @@ class CachedModel:
     def reset(self) -> None:
         """Empty the cache and free others. A generation that goes on raises RuntimeError at its
         next token."""
-        self._take_cache([], 0)
+        self._take_cache([], 1)
 
-    def _take_cache(self, tokens: list[int], spare_bytes: int) -> int:
+    def _take_cache(self, tokens: list[int], most: int) -> int:
         """Put a cache last that holds a beginning of `tokens`, and nothing else; returns the
-        beginning's length. Of the others, the latest stay, as many as fit into `spare_bytes`."""
+        beginning's length. Of the others, the latest stay, so that there are at most `most`."""
         self._version += 1
-        cache, length = self._choose_cache(tokens, spare_bytes)
-        while sum(other.bytes for other in self._caches) > spare_bytes:
-            del self._caches[0]              # before another is made: a GPU may not hold both
+        cache, length = self._choose_cache(tokens, most)
+        del self._caches[:max(0, len(self._caches) + 1 - most)]  # first: a GPU may not hold both
         self._caches.append(cache or self._kind(
             self.session, self.info, self._memory, self._adapter, self._step_tokens))
         return length
 
-    def _choose_cache(self, tokens: list[int], spare_bytes: int) -> tuple[GraphCache | None, int]:
+    def _choose_cache(self, tokens: list[int], most: int) -> tuple[GraphCache | None, int]:
         """Take out the cache with the longest beginning of `tokens`, cut to it; returns it and the
-        beginning's length, or None and 0. A cache of which less than half would be of use stays
-        whole for its own chat, if it fits into `spare_bytes`."""
+        beginning's length, or None and 0. If `most` is above 1, a cache of which less than half
+        would be of use stays whole for its own chat."""
         shared = {cache: len(os.path.commonprefix([cache.tokens, tokens]))
                   for cache in self._caches if cache.adapter is self._adapter}
         usable = [cache for cache, length in shared.items()
-                  if 2 * length >= len(cache.tokens) or cache.bytes > spare_bytes]
+                  if 2 * length >= len(cache.tokens) or most == 1]
         cache = max(usable, key=shared.__getitem__, default=None)
         if cache is None or not cache.cut(shared[cache]):
             return None, 0
         self._caches.remove(cache)
         return cache, shared[cache]
 
-    def prefill(self, prompt: Sequence[int]) -> tuple[ort.OrtValue, int]:
+    def prefill(self, prompt: Sequence[int], check: Callable[[], None] = go_on,
+                ) -> tuple[ort.OrtValue, int]:
         """Read a prompt, from the first token that differs from what a cache holds; returns its
         last logits (1, N, V), and how many tokens were in the cache. The last token is read in any
         case, for its logits."""
-        cached = self._take_cache([*prompt[:-1]], self.spare_bytes)
-        return self.read(prompt[cached:]), cached
+        cached = self._take_cache([*prompt[:-1]], self.most_caches)
+        return self.read(prompt[cached:], check), cached
 
-    def read(self, tokens: Sequence[int]) -> ort.OrtValue:
+    def read(self, tokens: Sequence[int], check: Callable[[], None] = go_on) -> ort.OrtValue:
         """Read more tokens into the cache; returns the logits (1, N, V) after the last
         of them.
 
-        A step reads T tokens, and the first one what is left over. An error in a step, or Ctrl-C,
-        empties the cache, as it may be half written.
+        A step reads T tokens, and the first one what is left over. `check` is called before each,
+        and may raise. An error in a step, or Ctrl-C, empties the cache, as it may be half written.
         """
         T = self._caches[-1].T
         for end in range((len(tokens) - 1) % T + 1, len(tokens) + 1, T):
-            self.check()
+            check()
             try:
                 logits = self.step(tokens[max(0, end - T):end])
             except (Exception, KeyboardInterrupt):

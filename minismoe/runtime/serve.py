@@ -30,18 +30,19 @@ try:
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Mount, Route
     from starlette.staticfiles import StaticFiles
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError:
     raise ModuleNotFoundError(
         "--serve needs starlette and uvicorn: pip install 'minismoe[serve]'") from None
 
 from ..io.text import clean, error_line, print_error
-from .api import CHAT, TEXT, Api, RequestError
+from .api import CHAT, Api, RequestError
 from .worker import WAITING, Gone, Job, Worker
 
 HOST = "127.0.0.1"
 LARGEST = 4 << 20                            # bytes of a request
 CLIENTS = 64                                 # connections at once
-PATIENCE = 10                                # seconds that the body of a request may take
+PATIENCE = 10            # seconds that a request may take to come, and a connection be silent
 HEADERS = [                  # the first two let a page share memory, which threads need
     ("Cross-Origin-Opener-Policy", "same-origin"), ("Cross-Origin-Embedder-Policy", "require-corp"),
     ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-cache")]
@@ -49,10 +50,18 @@ for end, kind in (("js", "javascript"), ("mjs", "javascript")):
     mimetypes.add_type(f"text/{kind}", f".{end}")        # some systems have other types
 
 
+class _Impatient(H11Protocol):
+    """A connection, which is closed if no request comes within PATIENCE seconds."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(PATIENCE, lambda: self.cycle or transport.close())
+
+
 async def _note_leaving(request: Request, job: Job) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    job.is_gone = True
+    job.is_gone, job.body = True, b""
 
 
 async def _events(part: Any, job: Job) -> AsyncIterator[str]:
@@ -60,6 +69,8 @@ async def _events(part: Any, job: Job) -> AsyncIterator[str]:
     while isinstance(part, dict):
         yield f"data: {json.dumps(part)}\n\n"
         part = await job.parts.get()
+    if isinstance(part, Gone):
+        part = RequestError("the answer was not read as it came", 408)
     end = "[DONE]" if part is None else bytes(_refusal(None, part).body).decode()
     yield f"data: {end}\n\n"
 
@@ -140,7 +151,7 @@ def make_server(api: Api, key: str | None = None, origins: Sequence[str] = (), q
     async def complete(request: Request) -> Response:
         job = Job(request.url.path, await _body(request))
         try:
-            worker.jobs.put_nowait(job)
+            worker.put(job)
         except queue.Full:
             raise RequestError(f"{WAITING} requests wait already: ask again later", 503) from None
         job.watch = asyncio.create_task(_note_leaving(request, job))
@@ -155,7 +166,7 @@ def make_server(api: Api, key: str | None = None, origins: Sequence[str] = (), q
         await (_refusal(None, refused) if refused else app)(scope, receive, send)
 
     routes: list[Any] = [Route("/v1/models", models), Route("/v1/models/{name:path}", models),
-                         *(Route(path, complete, methods=["POST"]) for path in (CHAT, TEXT))]
+                         Route(CHAT, complete, methods=["POST"])]
     if api.has_page and not key:
         routes.append(Mount("/", _Page(directory=api.folder, html=True)))
     app = Starlette(routes=routes, lifespan=working, exception_handlers=dict.fromkeys(
@@ -163,7 +174,7 @@ def make_server(api: Api, key: str | None = None, origins: Sequence[str] = (), q
     return uvicorn.Server(uvicorn.Config(
         CORSMiddleware(guarded, ["*"] if key else origins, ["GET", "POST"], ["*"],
                        allow_private_network=True),
-        http="h11", ws="none", log_config=None, log_level="critical", access_log=False,
+        http=_Impatient, ws="none", log_config=None, log_level="critical", access_log=False,
         server_header=False, headers=HEADERS, limit_concurrency=CLIENTS,
         timeout_keep_alive=PATIENCE, timeout_graceful_shutdown=1))
 

@@ -17,8 +17,15 @@ from ..io.files import naming, read_json
 from ..io.flags import as_flags, from_flags
 from ..io.process import peak_resident
 from ..io.text import clean, error_line
-from .choices import Answer, answer_tokens
-from .folder import read_choices, read_prefix, trained_system
+from .choices import Answer, answer_tokens, as_json
+from .folder import (
+    instructed,
+    instruction_of,
+    known_tasks,
+    read_choices,
+    read_prefix,
+    trained_system,
+)
 from .grammar import json_grammar
 from .sampling import Sampling
 
@@ -32,7 +39,7 @@ class Terminal:
     def __init__(self, generator: Generator, args: argparse.Namespace):
         self.generator, self.args = generator, args
         self.options = as_flags(from_flags(Sampling, vars(args)))        # of `Generator.generate`
-        self.system, self.before = (trained_system(generator.folder), "") if (
+        self.system, self.before = (trained_system(generator.folder), self._instruction()) if (
             args.instructions is None) else read_prefix(
                 generator.folder, args.instructions, args.raw)
         with naming(args.tools, ValueError):
@@ -40,12 +47,22 @@ class Terminal:
             self.tools = functions(schemas, "the file")
         if self.tools:
             self.options["grammar"] = generator.call_grammar(self.tools)
+        if args.schema and Path(args.schema).exists() and not Path(args.schema).is_file():
+            raise ValueError(f"{args.schema} is no file: a schema is read twice")
         if args.schema:
             self.options["grammar"] = json_grammar(read_json(args.schema))
             generator.matcher(self.options["grammar"])       # refuses a wrong one before any line
         self.choices = args.choices and read_choices(generator.folder, args.choices)
         if self.choices:
             answer_tokens(generator.tokenizer, tuple(self.choices))      # as well
+
+    def _instruction(self) -> str:
+        """That of --task, or of the task of --choices, which goes before a question."""
+        args, folder = self.args, self.generator.folder
+        if args.raw or args.tools or args.chat:
+            return ""
+        named = args.choices if args.choices in known_tasks(folder) else None
+        return instruction_of(folder, args.task or named)
 
     def once(self, text: str) -> None:
         """Print the answer to a prompt. Raises KeyboardInterrupt if Ctrl-C ended it."""
@@ -58,9 +75,11 @@ class Terminal:
         """Print the answer to each line of the standard input in one line, as it comes. The answer
         to a line that is empty or too long is empty; if there was any, ValueError at the end."""
         number = bad = 0
-        for number, line in enumerate(sys.stdin, 1):
-            line = line.removesuffix("\n")
+        for number, given in enumerate(sys.stdin.buffer, 1):
             try:
+                with naming("the line is not UTF-8 text", UnicodeDecodeError):
+                    line = given.decode("utf-8-sig" if number == 1 else "utf-8")
+                line = line.removesuffix("\n")
                 said, record = self._line(line if self.args.raw else line.strip(), number)
             except ValueError as e:
                 said, record, bad = "", {"text": "", "error": error_line(e)}, bad + 1
@@ -77,13 +96,14 @@ class Terminal:
             raise ValueError("the line is empty")
         if self.choices:
             found = self._choose(text)
-            return "\t".join(map(self._shown, found)), {"text": found[0].text, "likeliest": [
-                {"text": answer.text, "probability": math.exp(answer.logprob)} for answer in found]}
-        said, message, ended = self._answer(self._chat(text), text, seed=number - 1)
+            return "\t".join(map(self._shown, found)), {
+                "text": found[0].text, "likeliest": as_json(found)}
+        said, message, ended, logprob = self._answer(self._chat(text), text, seed=number - 1)
         if ended == "interrupted":
             raise KeyboardInterrupt
         calls = {"tool_calls": message["tool_calls"]} if "tool_calls" in message else {}
-        return said, {"text": message["content"] if calls else said, "ended": ended} | calls
+        return said, {"text": message["content"] if calls else said, "ended": ended,
+                      "logprob": logprob} | calls
 
     def talk(self) -> None:
         """Answer line by line until the input ends; Ctrl-C ends an answer, not the chat."""
@@ -106,8 +126,8 @@ class Terminal:
                 if results > 1:
                     history, results = [*history, turn], results - 1
                     continue
-                chat = with_tools([*history, turn], self.tools)
-                _, answer, _ = self._answer(chat, show=_show)
+                chat = self._fitting([*history, turn])
+                _, answer, *_ = self._answer(chat, show=_show)
                 history, results = [*chat, answer], len(answer.get("tool_calls", ()))
             except EOFError:
                 return
@@ -117,22 +137,35 @@ class Terminal:
                 anew = "; /clear begins anew" if history else ""
                 print(f"error: {error_line(e)}{anew}", file=sys.stderr)
 
+    def _fitting(self, chat: list[Message]) -> list[Message]:
+        """A chat without its oldest turns, if the context cannot hold all of it and an answer."""
+        generator, first = self.generator, len(self.system)
+        later = (i for i in range(first + 1, len(chat)) if chat[i]["role"] == "user")
+        for start in (first, *later):
+            kept = with_tools([*chat[:first], *chat[start:]], self.tools)
+            with suppress(ValueError):
+                generator.encoded([generator.tokenizer.prompt(kept)], generator.context // 8)
+                if start > first:
+                    print("[the oldest turns are forgotten: the context is full]", file=sys.stderr)
+                return kept
+        return with_tools(chat, self.tools)  # which is refused, if the last turn alone is too long
+
     def _chat(self, text: str) -> list[Message]:
         """The chat that asks a text."""
-        user = {"role": "user", "content": self.before + text}
+        user = {"role": "user", "content": instructed(self.before, text)}
         return with_tools([*self.system, user], self.tools)
 
     def _answer(self, chat: Sequence[Message], text: str = "", show: Callable[[str], None] =
-                lambda piece: None, seed: int = 0) -> tuple[str, Message, str]:
-        """Answer a chat or, with --raw, a text; returns the answer as text and as a message, and
-        why it ended: as of `Generation`, or "interrupted".
+                lambda piece: None, seed: int = 0) -> tuple[str, Message, str, float]:
+        """Answer a chat or, with --raw, a text; returns the answer as text and as a message, why it
+        ended, as of `Generation` or "interrupted", and its log-probability.
 
         show: takes the answer as it comes or, if it may hold calls, at its end, one call a line;
         seed: is added to --seed.
         """
         tokenizer, times, said = self.generator.tokenizer, [time.perf_counter()], ""
         answer = self.generator.generate(
-            self.before + text if self.args.raw else tokenizer.prompt(chat),
+            instructed(self.before, text) if self.args.raw else tokenizer.prompt(chat),
             **self.options | {"seed": None if self.args.seed is None else self.args.seed + seed})
 
         def timed() -> Iterator[int]:
@@ -163,7 +196,7 @@ class Terminal:
                          f"tokens/s and {answer.cached_tokens} from the cache, {count + 1} tokens "
                          f"at {count / rest if rest else 0:.0f} tokens/s, "
                          f"{(count + (ended == 'stop')) / max(1, answer.steps):.2f} tokens a step")
-        return said, message, ended
+        return said, message, ended, answer.logprob
 
     def _choose(self, text: str) -> list[Answer]:
         """The likeliest of --choices, as many as --best says."""

@@ -18,6 +18,7 @@ from ..io.text import error_line
 from .api import Api, Call, Json
 
 WAITING = 32                                 # jobs in the queue
+PATIENCE = 5                                 # seconds that `stop` waits for a step to end
 UNREAD = 1000                                # parts of an answer that nobody has taken yet
 
 
@@ -48,7 +49,14 @@ class Worker(threading.Thread):
 
     def __init__(self, api: Api, quiet: bool):
         super().__init__(daemon=True)
-        self.api, self.quiet, self.jobs = api, quiet, queue.Queue[Job | None](WAITING)
+        self.api, self.quiet, self.jobs = api, quiet, queue.Queue[Job | None]()
+        self.is_ending = False
+
+    def put(self, job: Job) -> None:
+        """Put a job into the queue; queue.Full if WAITING clients wait that have not left."""
+        if sum(not (other is None or other.is_gone) for other in [*self.jobs.queue]) >= WAITING:
+            raise queue.Full
+        self.jobs.put(job)
 
     def run(self) -> None:
         while job := self.jobs.get():
@@ -64,11 +72,11 @@ class Worker(threading.Thread):
     def _answer(self, job: Job) -> None:
         """Give a job the parts of its answer. Raises Gone, and what `Api` raises."""
         def check() -> None:
-            if job.is_gone or job.parts.qsize() > UNREAD:
-                raise Gone("the client is gone")
+            if self.is_ending or job.is_gone or job.parts.qsize() > UNREAD:
+                raise Gone("the client is gone, or reads too slowly")
 
         check()
-        job.call = self.api.read(job.path, job.body)
+        job.call = self.api.read(job.body)
         for part in self.api.answer(job.call, check):
             job.give(part)
 
@@ -80,6 +88,7 @@ class Worker(threading.Thread):
               file=sys.stderr, flush=True)
 
     def stop(self) -> None:
-        """End the thread, behind the jobs in the queue: the server has closed their connections."""
+        """End the thread after the step that it computes, or leave it to the process's end."""
+        self.is_ending = True
         self.jobs.put(None)
-        self.join()
+        self.join(PATIENCE)

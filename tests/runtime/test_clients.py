@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from browser import CHROMIUM, Browser
 from exported import export, random_model, scripted
-from test_serve import ASK, GOOD, HEAD, TEMPLATE, address, post, said, serving
+from test_serve import ASK, GOOD, HEAD, TEMPLATE, address, completed, post, said, serving
 
 from minismoe.runtime import Generator
 
@@ -26,7 +26,7 @@ openai = pytest.importorskip("openai")
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
     folder = export(random_model(seed=3), tmp_path_factory.mktemp("clients") / "tiny", context=2048)
-    return Generator(folder, threads=1, spare_bytes=1_000_000)
+    return Generator(folder, threads=1, caches=4)
 
 
 def test_llm(generator: Generator, tmp_path: Path) -> None:
@@ -95,21 +95,20 @@ def test_a_thousand_requests_of_eight_clients_three_of_them_broken(generator: Ge
         def ask(number: int) -> object:
             prompt, kind = f"{number % 50}: ", number % 8
             if kind == 0:                    # leaves in the middle of a stream
-                stream = client.completions.create(model="x", prompt=prompt, stream=True)
+                stream = completed(client, prompt, 100, stream=True)
                 next(iter(stream))
                 return stream.close()
             if kind == 1:                    # sends half a request, and hangs up
                 with socket.create_connection(address(client)) as half:
                     return half.sendall(HEAD % 99 + GOOD)
             if kind == 2:
-                return post(client, b'{"prompt": 7')[0]
+                return post(client, b'{"messages": 7')[0]
             if kind == 3:
-                return client.chat.completions.create(model="x", messages=ASK, max_tokens=4).id
-            asked = {"model": "x", "prompt": prompt, "max_tokens": 4}
+                return completed(client, "hello", 4).id
             if kind == 4:
-                return "".join(part.choices[0].text for part in client.completions.create(
-                    **asked, stream=True))
-            return client.completions.create(**asked).choices[0].text
+                return "".join(part.choices[0].delta.content for part in completed(
+                    client, prompt, 4, stream=True))
+            return completed(client, prompt, 4).choices[0].message.content
         first = [*pool.map(ask, range(1000))]
         before = peak_resident()
         second = [*pool.map(ask, range(1000))]

@@ -2,14 +2,15 @@
 
 import copy
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from exported import command, describe, export, scripted
@@ -199,7 +200,7 @@ def test_line_ends_of_an_answer_are_two_characters_or_json(tmp_path) -> None:
     said = [python("-m", "minismoe.runtime", folder, "--lines", *flags, input="x\n\ny\n").stdout
             for flags in ([], ["--json"])]
     assert said[0] == "a\\nb\\r\\n\n\n" + "a\\nb\\r\\n\n"
-    good = {"text": "a\nb\r\n", "ended": "stop"}
+    good = {"text": "a\nb\r\n", "ended": "stop", "logprob": pytest.approx(0, abs=1e-3)}
     assert [*map(json.loads, said[1].splitlines())] == [
         good, {"text": "", "error": "the line is empty"}, good]
 
@@ -225,6 +226,91 @@ def test_each_line_has_draws_of_its_own(folders, generator) -> None:
         f"{text}\n" for text in said) and len({*said}) == 3
 
 
+@pytest.fixture(scope="module")
+def task(model, tmp_path_factory):
+    """A folder of one task, which has an instruction."""
+    tasks = {"color": {"choices": ["red", "blue"], "instruction": "Name it.\n"}}
+    return export(model, tmp_path_factory.mktemp("task") / "f",
+                  files={"tasks.json": json.dumps(tasks)})
+
+
+def test_a_question_is_asked_as_it_was_judged(task, tmp_path, generator) -> None:
+    """Behind the task's instruction: one question, lines, one of a set; but not as it is."""
+    said = [answer(generator, user(f"Name it.\n{text}")) for text in ("sky", "sea")]
+    limit = ("--max-tokens", 9)
+    assert command(task, "sky", *limit).stdout == said[0] + "\n"
+    assert command(task, "Name it.\nsky", *limit).stdout == said[0] + "\n"
+    lines = "".join(said[i].replace("\n", "\\n").replace("\r", "\\r") + "\n" for i in (0, 1))
+    assert command(task, "--lines", *limit, "--task", "color", input="sky\nsea\n").stdout == lines
+    raw = "".join(generator.text(generator.generate("sky", 9)))
+    assert command(task, "sky", "--raw", *limit).stdout == raw + "\n"
+    best, = generator.choose(generator.tokenizer.prompt(user("Name it.\nsky")), ["red", "blue"])
+    chosen = command(task, "sky", "--choices", "color", "--best", 1).stdout
+    assert chosen == f"{math.exp(best.logprob):.4f}\t{best.text}\n"
+    wrong = command(task, "sky", "--task", "size")
+    assert wrong.returncode == 1 and "has no task 'size'; present: color" in wrong.stderr
+    folder = shutil.copytree(task, tmp_path / "two")
+    (folder / "tasks.json").write_text(json.dumps({
+        **json.loads((task / "tasks.json").read_text()), "b": {"choices": [], "instruction": ""}}))
+    describe(folder, files={})
+    describe(folder, files={name: {"bytes": (folder / name).stat().st_size, "sha256": ""} for name
+                            in ("model.onnx", "sampler.onnx")})
+    plain = command(folder, "sky", *limit)
+    assert plain.stdout == answer(generator, user("sky")) + "\n"
+    assert plain.stderr == ("[asked without an instruction; --task NAME puts that of a task before "
+                            "the question: color, b]\n")
+
+
+def test_lines_are_utf_8(folders, generator) -> None:
+    """Whatever the locale; a mark of the order of bytes is no text, and other bytes no answer."""
+    code = "import runpy, sys; sys.argv = ['x', *sys.argv[1:]]; " \
+           "runpy.run_module('minismoe.runtime', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-c", code, str(folders["ort"]), "--lines", "--max-tokens",
+         "4"], input="\ufeffä\n".encode() + b"\xe4\n" + "ä\n".encode(), capture_output=True,
+        cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONCOERCECLOCALE": "0"})
+    lines = done.stdout.decode("latin-1").split("\n")
+    assert lines[0] == lines[2] and lines[1] == "" and done.returncode == 1
+    wanted = answer(generator, user("ä"), 4).replace("\n", "\\n").replace("\r", "\\r")
+    assert lines[0] == wanted.encode("latin-1", "replace").decode("latin-1")
+    assert done.stderr.decode().splitlines() == [
+        "line 2: the line is not UTF-8 text: " + done.stderr.decode().splitlines()[0].partition(
+            "text: ")[2], "error: 1 of 3 lines have no answer"]
+
+
+@posix
+def test_pipes_as_files(folders, tmp_path) -> None:
+    """<(...) of a shell can hold answers; a schema, which is read twice, cannot."""
+    os.mkfifo(tmp_path / "fifo")
+    writing = threading.Thread(target=lambda: (tmp_path / "fifo").write_text("red\nblue\n"))
+    writing.start()
+    done = command(folders["ort"], "x", "--choices", tmp_path / "fifo")
+    writing.join()
+    assert done.stdout in ("red\n", "blue\n")
+    done = command(folders["ort"], "x", "--schema", tmp_path / "fifo")
+    assert done.returncode == 1 and "fifo is no file" in done.stderr
+
+
+def test_a_long_chat_forgets_its_oldest_turns(folders, generator) -> None:
+    lines = ["a" * 30, "b" * 30, "c" * 30]
+    done = command(folders["ort"], "--chat", "--max-tokens", 4, input="\n".join(lines))
+    assert done.returncode == 0 and "the oldest turns are forgotten" in done.stderr
+    assert done.stdout.endswith(answer(generator, user(lines[2]), 4) + "\n")
+
+
+@posix
+def test_ctrl_c_while_modules_load(folders) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import os, runpy, signal, sys; sys.argv = ['x', 'y', 'z']\n"
+         "class Stop:\n"
+         "    def find_spec(self, name, *rest):\n"
+         "        if name == 'minismoe.runtime.api': os.kill(os.getpid(), signal.SIGINT)\n"
+         "sys.meta_path.insert(0, Stop())\n"
+         "runpy.run_module('minismoe.runtime', run_name='__main__')"],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.communicate(timeout=30)[1] == "\ninterrupted\n" and process.returncode == 130
+
+
 # Limits
 
 def test_starts_fast_and_small(folders) -> None:
@@ -246,9 +332,14 @@ def test_too_little_memory_names_the_context(model, tmp_path) -> None:
         1, "error: out of memory: export again, with a smaller --context\n")
 
 
-def test_memory_for_earlier_chats_is_given_in_megabytes(folders: dict[str, Path]) -> None:
-    args = program._parse([str(folders["ort"]), "--serve", "--cache", "3"])
-    assert program._open(args).spare_bytes == 3_000_000
+def test_flags_reach_the_generator(folders, monkeypatch) -> None:
+    made = []
+    monkeypatch.setattr("minismoe.runtime.generator.Generator", lambda *given: made.append(given))
+    for flags in (["--verify", "--threads", "3", "--provider", "cpu"], ["--serve"]):
+        with pytest.raises(AttributeError):  # of the generator that is None
+            program._open(program._parse([str(folders["ort"]), *flags]))
+    assert made == [(str(folders["ort"]), "cpu", 3, None, True, 1),
+                    (str(folders["ort"]), None, None, None, False, 4)]
 
 
 @posix

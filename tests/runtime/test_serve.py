@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import math
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -35,10 +37,9 @@ ASK = [{"role": "user", "content": "hello"}]
 LIGHT = {"type": "function", "function": {"name": "light", "parameters": {
     "type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"],
     "additionalProperties": False}}}
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json" \
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json" \
        b"\r\nContent-Length: %d\r\n\r\n"
-GOOD = b'{"prompt": "a", "max_tokens": 2}'
-SPARE = 100_000_000
+GOOD = b'{"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}'
 DOOR = {"type": "function", "function": {"name": "door"}}
 TEMPLATE = (
     "{{ tools | tojson if tools }}{% for m in messages %}"
@@ -90,7 +91,7 @@ def serving(generator: Generator | Callable[[], Generator], defaults: Sampling |
 
 @pytest.fixture(scope="module")
 def generator(folder) -> Generator:
-    return Generator(folder, threads=1, spare_bytes=SPARE)
+    return Generator(folder, threads=1, caches=4)
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +115,9 @@ def text_of(client: "openai.OpenAI", *args: object, **options: object) -> str:
     return ask(client, *args, **options).choices[0].message.content
 
 
-def completed(client: "openai.OpenAI", prompt: object, limit: int = 2, **options: object) -> object:
-    """What the server answers to a plain prompt."""
-    return client.completions.create(model="x", prompt=prompt, max_tokens=limit, **options)
+def completed(client: "openai.OpenAI", prompt: str, limit: int = 2, **options: object) -> object:
+    """What the server answers to a question."""
+    return ask(client, limit, [{"role": "user", "content": prompt}], **options)
 
 
 def said(generator: Generator, limit: int = 9, messages: list = ASK, **sampling: object) -> str:
@@ -145,13 +146,6 @@ def test_a_chat_a_stream_and_a_text(generator, client) -> None:
     assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(texts) - 1) + [
         "length"]
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens == length - 1
-    text = "".join(generator.text(generator.generate("once", 9)))
-    assert completed(client, "once", 9).choices[0].text == text
-    both = completed(client, ["upon", "once"], 9)
-    assert both.choices[1].text == text != both.choices[0].text
-    assert [c.index for c in both.choices] == [0, 1] and both.usage.completion_tokens == 18
-    parts = [part.choices[0] for part in completed(client, ["upon", "once"], 9, stream=True)]
-    assert "".join(part.text for part in parts if part.index) == text
 
 
 def test_settings_reach_the_generator(generator, client) -> None:
@@ -214,10 +208,6 @@ def test_log_probabilities_are_those_of_torch(generator, model, client) -> None:
     check(ids, [(p.token, p.logprob) for part in parts for p in part.choices[0].logprobs.content],
           [[other.logprob for other in p.top_logprobs]
            for part in parts for p in part.choices[0].logprobs.content])
-    given = completed(client, "once", 8, logprobs=3).choices[0].logprobs
-    check([*b"once"], [*zip(given.tokens, given.token_logprobs)],
-          [[max(others.values())] for others in given.top_logprobs])
-    assert completed(client, "once").choices[0].logprobs is None
 
 
 def test_a_chat_begins_with_the_system_prompt_of_the_training(model, tmp_path) -> None:
@@ -241,6 +231,10 @@ def test_a_chat_begins_with_the_system_prompt_of_the_training(model, tmp_path) -
     ({"seed": True}, "seed True"), ({"stream": "yes"}, "stream 'yes' is not understood"),
     ({"response_format": {"type": "xml"}}, "'xml' is not supported"),
     ({"tools": [{"name": "f"}]}, "tools is no list"),
+    ({"extra_body": {"structured_outputs": {"choice": True}}}, "has no set of answers"),
+    ({"extra_body": {"structured_outputs": {"choice": [1]}}}, "neither true nor a list of texts"),
+    ({"extra_body": {"structured_outputs": {"choice": ["a"]}},
+      "response_format": {"type": "json_object"}}, "cannot be beside tools or response_format"),
     ({"tool_choice": "required"}, "does not offer|not offer"),
     ({"tools": [LIGHT], "tool_choice": "perhaps"}, "expected none, auto, required"),
     ({"extra_body": {"repetition_penalty": 1e-300}}, r"is not in \[0.01, 100\]"),
@@ -254,7 +248,7 @@ def test_wrong_questions_are_refused_in_one_line(client, wrong, message) -> None
 
 def test_null_is_no_choice_of_tools_and_names_may_be_quoted(client) -> None:
     asked = json.dumps({"messages": ASK, "max_tokens": 2, "tool_choice": None}).encode()
-    assert post(client, asked, "/v1/chat/completions")[0] == 200
+    assert post(client, asked)[0] == 200
     assert post(client, b"", "/v1/models/%74iny", "GET")[1]["id"] == "tiny"
     for path in "/v1/%6dodels", "/v1/models/", "/v1/models?limit=3":
         assert post(client, b"", path, "GET")[1]["object"] == "list"
@@ -262,11 +256,9 @@ def test_null_is_no_choice_of_tools_and_names_may_be_quoted(client) -> None:
 
 
 def test_special_tokens_in_a_message_are_text(client) -> None:
-    """They have as many tokens as bytes; a plain prompt is read as the model reads it."""
     def length(text: str) -> int:
         return ask(client, 1, [{"role": "user", "content": text}]).usage.prompt_tokens
     assert length("<|end|>") == length("1234567") == length("1234") + 3
-    assert completed(client, "<|end|>").usage.prompt_tokens == 1
 
 
 def test_a_prompt_beyond_the_context(client) -> None:
@@ -276,17 +268,6 @@ def test_a_prompt_beyond_the_context(client) -> None:
             with pytest.raises(openai.BadRequestError, match=f"{said}, which leaves no room") as no:
                 ask(client, messages=[{"role": "user", "content": "x" * length}], stream=stream)
             assert no.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="prompt holds 65 prompts: at most 64"):
-        completed(client, ["a"] * 65)
-
-
-def test_an_answer_that_was_cut_off_says_so(client) -> None:
-    """After 16 tokens, which are OpenAI's default for a text, and where the context is full."""
-    both: dict[str, object] = {"max_tokens": 3, "extra_body": {"max_completion_tokens": None}}
-    for prompt, limits, count in (
-            ("once", {}, 16), ("x" * 2040, {"max_tokens": 99}, 8), ("once", both, 3)):
-        text = client.completions.create(model="x", prompt=prompt, **limits)
-        assert (text.choices[0].finish_reason, text.usage.completion_tokens) == ("length", count)
 
 
 def test_what_no_request_is_to_blame_for(folder, tmp_path, capfd) -> None:
@@ -316,7 +297,7 @@ def test_a_model_has_a_name_for_each_adapter(model, tmp_path) -> None:
         write_adapter(folder / f"{task}.onnx_adapter", {
             name: Fit(torch.randn(4, 64), torch.randn(48, 4) * 0.5)})
     describe(folder, adapters={t: f"{t}.onnx_adapter" for t in ("one", "two")})
-    generator, answers = Generator(folder, threads=1, spare_bytes=1 << 20), {}
+    generator, answers = Generator(folder, threads=1, caches=4), {}
     for task in None, "one", "two":
         generator.use(task)
         answers[f"f:{task}" if task else "f"] = said(generator).strip()
@@ -336,6 +317,33 @@ def test_a_model_has_a_name_for_each_adapter(model, tmp_path) -> None:
     assert len({*answers.values()}) == 3
 
 
+def test_a_task_is_a_model_with_its_instruction_and_its_answers(model, tmp_path) -> None:
+    folder = export(model, tmp_path / "f", context=2048, files={"tasks.json": json.dumps({
+        "color": {"choices": ["red", "blue", "green"], "instruction": "Name it.\n"},
+        "talk": {"choices": [], "instruction": ""}})})
+    generator = Generator(folder, threads=1)
+    asked = [{"role": "user", "content": "Name it.\nhello"}]
+    best = generator.choose(generator.tokenizer.prompt(asked), ["red", "blue", "green"], 2)
+    own = {"structured_outputs": {"choice": True}}
+    with serving(generator) as client:
+        assert [m.id for m in client.models.list()] == ["f", "f:color", "f:talk"]
+        for messages in ASK, asked:          # the instruction is not put twice
+            assert text_of(client, messages=messages, model="f:color") == (
+                said(generator, messages=asked).strip())
+        assert text_of(client) == text_of(client, model="f:talk") == said(generator).strip()
+        found = ask(client, model="f:color", extra_body=own, logprobs=True, top_logprobs=2)
+        assert found.choices[0].message.content == best[0].text
+        assert found.choices[0].likeliest == [
+            {"text": a.text, "probability": pytest.approx(math.exp(a.logprob))} for a in best]
+        named = {"structured_outputs": {"choice": ["yes", "no"]}}
+        answer = generator.choose(generator.tokenizer.prompt(ASK), ["yes", "no"])[0].text
+        assert text_of(client, extra_body=named) == answer
+        assert "".join(c.choices[0].delta.content for c in ask(
+            client, extra_body=named, stream=True)) == answer
+        with pytest.raises(openai.NotFoundError, match="there is no model f:x"):
+            ask(client, model="f:x")
+
+
 def test_defaults_and_a_limit_are_those_of_the_operator(generator) -> None:
     with serving(generator, Sampling(max_tokens=7, frequency_penalty=1.0)) as client:
         for asked, given in ((None, 7), (20, 7), (-1, 7), (3, 3)):
@@ -347,7 +355,7 @@ def test_defaults_and_a_limit_are_those_of_the_operator(generator) -> None:
 
 def test_requests_wait_in_turn_and_none_is_lost(client) -> None:
     def asked(number: int) -> str:
-        return completed(client, f"n {number}: ", 12).choices[0].text
+        return completed(client, f"n {number}: ", 12).choices[0].message.content
     alone = [asked(number) for number in range(24)]
     with ThreadPoolExecutor(12) as pool:
         assert [*pool.map(asked, range(24))] == alone
@@ -355,7 +363,8 @@ def test_requests_wait_in_turn_and_none_is_lost(client) -> None:
 
 def sent(client: "openai.OpenAI", prompt: str, **options: object) -> socket.socket:
     """The connection of a client that has asked for a long answer, and reads nothing."""
-    body = json.dumps({"prompt": prompt, "max_tokens": 100_000, **options}).encode()
+    body = json.dumps({"messages": [{"role": "user", "content": prompt}], "max_tokens": 100_000,
+                       **options}).encode()
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.connect(address(client))
@@ -377,7 +386,7 @@ def test_a_client_that_leaves_frees_the_generator(patient, capfd, leaves) -> Non
             prompt = "x" * (100_000 if leaves == "prompt" else 1)
             with sent(client, prompt), sent(client, "b"):
                 time.sleep(0.2)
-        assert completed(client, "c", timeout=5).choices[0].text
+        assert completed(client, "c", timeout=5).choices[0].message.content
         assert time.monotonic() - start < 5
     assert not capfd.readouterr().err        # nobody is to blame
 
@@ -386,7 +395,13 @@ def test_a_client_that_reads_nothing_holds_nobody_up(patient) -> None:
     """Its answer ends once there is more of it than it may leave unread."""
     with serving(patient) as client, sent(client, "a", stream=True) as deaf:
         assert deaf.recv(99).startswith(b"HTTP/1.1 200 ")
-        assert completed(client, "b").choices[0].text        # after some of 100,000 tokens
+        assert completed(client, "b").choices[0].message.content     # after some of 100,000 tokens
+        end = b""
+        while part := deaf.recv(1 << 20):
+            end = (end + part)[-300:]
+            if end.endswith(b"0\r\n\r\n"):
+                break
+        assert b"was not read as it came" in end
 
 
 def test_requests_that_would_wait_for_many_are_refused(patient, monkeypatch) -> None:
@@ -399,6 +414,28 @@ def test_requests_that_would_wait_for_many_are_refused(patient, monkeypatch) -> 
             completed(client, "c")
         assert refused.value.status_code == 503
         waiting.close()
+
+
+def test_those_that_left_wait_no_more(patient, monkeypatch) -> None:
+    assert worker.WAITING == 32
+    monkeypatch.setattr(worker, "WAITING", 2)
+    with serving(patient) as client, sent(client, "a"):
+        time.sleep(0.5)
+        for _ in range(4):
+            sent(client, "b").close()
+            time.sleep(0.2)
+        with sent(client, "c") as waiting:
+            waiting.settimeout(0.5)
+            with pytest.raises(TimeoutError):        # it waits, and is not refused
+                waiting.recv(1)
+
+
+def test_a_connection_that_says_nothing_is_closed(client, monkeypatch) -> None:
+    assert server.PATIENCE <= 10
+    monkeypatch.setattr(server, "PATIENCE", 0.3)
+    with socket.create_connection(address(client)) as silent:
+        silent.settimeout(5)
+        assert silent.recv(1) == b""
 
 
 def test_the_end_of_the_server_ends_an_answer(patient) -> None:
@@ -415,12 +452,12 @@ def test_answers_over_one_connection_come_at_once(client) -> None:
     """Nagle's algorithm would wait 40 ms for an acknowledgement within each."""
     connection, start = http.client.HTTPConnection(*address(client), timeout=30), time.monotonic()
     for _ in range(25):
-        connection.request("POST", "/v1/completions", GOOD, {"Content-Type": "application/json"})
+        connection.request("POST", CHAT, GOOD, {"Content-Type": "application/json"})
         assert connection.getresponse().read()
     assert time.monotonic() - start < 0.8
 
 
-def post(client: "openai.OpenAI", body: bytes, path: str = "/v1/completions", method: str = "POST",
+def post(client: "openai.OpenAI", body: bytes, path: str = CHAT, method: str = "POST",
          **headers: str) -> tuple[int, dict]:
     connection = http.client.HTTPConnection(*address(client), timeout=30)
     connection.request(method, path, body, {"Content-Type": "application/json", **{
@@ -434,7 +471,7 @@ def post(client: "openai.OpenAI", body: bytes, path: str = "/v1/completions", me
 def test_bodies_that_are_refused(client) -> None:
     for body, status, message in ((b"{", 400, "no JSON"), (b"[1]", 400, "no JSON object"),
                                   (b"[" * 100_000, 400, "no JSON"), (b"\xff", 400, "no JSON"),
-                                  (b'{"prompt": ["a", 1]}', 400, "prompt is neither text nor"),
+                                  (b'{"tools": %s1%s}' % (b"[" * 900, b"]" * 900), 400, ""),
                                   (bytes(100 << 20), 413, "at most 4194304 are read")):
         found = post(client, body)
         assert found[0] == status and message in found[1]["error"]["message"]
@@ -443,21 +480,6 @@ def test_bodies_that_are_refused(client) -> None:
     assert post(client, GOOD, Content_Type="Application/JSON; charset=utf-8")[0] == 200
     for more in b"", b" " * (3 << 20):                   # is read before the refusal is sent
         assert post(client, GOOD + more, Content_Type="text/plain")[0] == 415
-
-
-def test_a_body_in_chunks_or_after_a_question_over_one_connection(client) -> None:
-    """Node's http.request sends chunks; curl asks first whether a long body is wanted."""
-    connection = http.client.HTTPConnection(*address(client), timeout=30)
-    head = {"Content-Type": "application/json", "Host": "localhost"}
-    for _ in range(2):
-        connection.request("POST", "/v1/completions", iter([GOOD[:9], GOOD[9:]]), head,
-                           encode_chunked=True)
-        answer = connection.getresponse()
-        assert (answer.status, answer.version) == (200, 11) and answer.read() and connection.sock
-    connection.sock.sendall(HEAD[:-2] % len(GOOD) + b"Expect: 100-continue\r\n\r\n")
-    assert connection.sock.recv(99).startswith(b"HTTP/1.1 100 ")
-    connection.sock.sendall(GOOD)
-    assert connection.sock.recv(99).startswith(b"HTTP/1.1 200 ")
 
 
 def test_other_sites_are_refused_unless_they_are_named(generator, client) -> None:
@@ -477,7 +499,7 @@ def test_other_sites_are_refused_unless_they_are_named(generator, client) -> Non
         with serving(generator, **settings) as other:
             connection = http.client.HTTPConnection(*address(other), timeout=30)
             for method, headers in ("OPTIONS", first), ("POST", second):
-                connection.request(method, "/v1/completions", GOOD, origin | headers)
+                connection.request(method, CHAT, GOOD, origin | headers)
                 answer = connection.getresponse()
                 assert answer.headers["Access-Control-Allow-Origin"] == allowed and answer.read()
                 assert (answer.status == 200) == (allowed is not None)
@@ -488,7 +510,7 @@ def test_a_slow_client_delays_nobody_and_is_given_up(client, monkeypatch) -> Non
     monkeypatch.setattr(server, "PATIENCE", 0.5)
     with socket.create_connection(address(client)) as slow:
         slow.sendall(HEAD % 999 + b"{")
-        assert completed(client, "b").choices[0].text
+        assert completed(client, "b").choices[0].message.content
         slow.settimeout(0.1)
         with suppress(ConnectionError):
             for _ in range(100):             # a byte now and then
@@ -540,7 +562,11 @@ def test_schemas_that_cannot_be_kept_are_refused(client) -> None:
     endless = {"type": "object", "properties": {"a": {"$ref": "#/$defs/x"}}, "required": ["a"]}
     for schema, message in (({"not": {}}, "the schema cannot be compiled: .*not"),
                             ({"$ref": "#"}, "no value that ends matches it: [^{}]*$"),
-                            ({"$defs": {"x": endless}, **endless}, "no value that ends matches")):
+                            ({"$defs": {"x": endless}, **endless}, "no value that ends matches"),
+                            ({"type": "integer", "multipleOf": 1 << 31}, "product above 100,000"),
+                            ({"allOf": [{"multipleOf": 999}, {"multipleOf": 101}]}, "product"),
+                            ({"properties": {f"p{n}": {} for n in range(8000)}}, "at most 32,000"),
+                            ):
         form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
         with pytest.raises(openai.BadRequestError, match=message):
             ask(client, response_format=form)
@@ -576,8 +602,9 @@ def test_calls_are_of_offered_functions(tmp_path) -> None:
         assert length("xyz") == length("x") + 2
     for parallel, most in ((None, CALLS), (True, CALLS), (False, 1)):
         asked = {"messages": ASK, "tools": [LIGHT], "parallel_tool_calls": parallel}
-        call = Api(generator.folder, lambda: generator).read(CHAT, json.dumps(asked).encode())
-        assert call.options["grammar"] == generator.call_grammar([LIGHT], most=most)
+        with mock.patch.object(generator, "matcher") as compiled:
+            Api(generator.folder, lambda: generator).read(json.dumps(asked).encode())
+        compiled.assert_called_once_with(generator.call_grammar([LIGHT], most=most))
 
 
 @pytest.mark.parametrize("pieces, parts, calls", [
@@ -632,9 +659,10 @@ def test_a_folder_is_served_with_a_key_to_other_machines(folder, signals) -> Non
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret")
         completed(client, "a")
         with pytest.raises(openai.BadRequestError):
-            completed(client, "")
-    assert re.fullmatch(r"/v1/completions: 1 tokens, 0 of them cached, and 2 written, \d\.\d\d s\n"
-                        r"/v1/completions: \d\.\d\d s, the prompt is empty", "\n".join(log))
+            ask(client, messages=[])
+    assert re.fullmatch(r"/v1/chat/completions: \d+ tokens, 0 of them cached, and 2 written, "
+                        r"\d\.\d\d s\n/v1/chat/completions: \d\.\d\d s, messages is empty.*",
+                        "\n".join(log))
 
 
 def test_the_port_is_the_same_unless_it_is_taken(folder, signals) -> None:
@@ -670,7 +698,7 @@ def test_a_folder_with_a_page_is_checked_before_it_is_served(folder, tmp_path) -
     def broken() -> Generator:
         raise ValueError("no adapter of this task")
     with pytest.raises(RequestError, match="no adapter") as failed:
-        Api(folder, broken).read("/v1/completions", GOOD)
+        Api(folder, broken).read(GOOD)
     assert failed.value.status == 500
 
 

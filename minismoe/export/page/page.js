@@ -129,7 +129,8 @@ function ask() {
   const text = $.text.value.trim(), name = $.task.value, task = tasks[name];
   if (!text || state !== "ready") return;
   if (task) messages = [];               // a task reads each message by itself
-  messages.push({ role: "user", content: (task?.instruction ?? "") + text });
+  messages.push({ role: "user", content: text.startsWith(task?.instruction ?? "") ? text
+                                                             : task.instruction + text });
   question = { text, bubbles: [show("user", text), show("assistant", "")] };
   $.text.value = "";
   enter("answering");
