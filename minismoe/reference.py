@@ -5,9 +5,9 @@
 
 To fine-tune a frozen model on several tasks, measure how sensitive each matrix is to each task (1),
 let each task vote for its most sensitive ones, where a vote is one LoRA expert (2), and train the
-experts (3). To ship it, turn the experts of a matrix into one plain LoRA and merge that (4), choose
-4 or 8 bits for it by the same gradients (5), write an ONNX graph (6), and let onnxruntime generate
-(7). A matrix W with E = 2 experts of rank r; for one token, it reads x and writes y:
+experts (3). To ship it, turn the experts of a matrix into one plain LoRA and merge that (4), round
+the weights to few bits (5), write an ONNX graph (6), and let onnxruntime generate (7). A matrix W
+with E = 2 experts of rank r; for one token, it reads x and writes y:
 
             +--- W  (out, in) ---------------------------------------+
             |                                                        |

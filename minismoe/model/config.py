@@ -256,12 +256,11 @@ def _own(c: _Settings, layers: range) -> dict[str, Any]:
                 "embedding_multiplier": c.size("hidden_size") ** 0.5,
                 "attention_multiplier": c.number("query_pre_attn_scalar", 256) ** -0.5}
     if kind in ("granite", "granitemoehybrid"):
-        hybrid = kind == "granitemoehybrid"
-        rotates = not hybrid or c.get("position_embedding_type") == "rope"
+        rotates = kind == "granite" or c.get("position_embedding_type") == "rope"
         return {f"{name}_multiplier": c.number(f"{name}_multiplier", 1.0)
                 for name in ("embedding", "attention", "residual")} | {
-            "output_multiplier": 1 / c.number("logits_scaling", 1.0), "fused_mlp": hybrid,
-            "no_rope_layers": () if rotates else tuple(layers)}
+            "output_multiplier": 1 / c.number("logits_scaling", 1.0),
+            "fused_mlp": kind != "granite", "no_rope_layers": () if rotates else tuple(layers)}
     if kind == "lfm2":
         inner, step = c.size("intermediate_size"), c.size("block_multiple_of", 256)
         if c.get("block_auto_adjust_ff_dim", True):
@@ -287,8 +286,7 @@ def _types(c: _Settings, layers: range, own: Mapping[str, Any]) -> list[str]:
     if kind == "gemma3_text":
         full = layers[(period := c.size("sliding_window_pattern", 6)) - 1::period]
     elif kind == "qwen3_5_text":
-        other, period = DELTA, c.size("full_attention_interval", 4)
-        full = layers[period - 1::period]
+        other, full = DELTA, layers[(period := c.size("full_attention_interval", 4)) - 1::period]
     elif kind == "granitemoehybrid":
         other = "attention"
     elif kind == "lfm2":
@@ -304,8 +302,7 @@ def _types(c: _Settings, layers: range, own: Mapping[str, Any]) -> list[str]:
         c.wrong.append(f"full_attn_idxs {full!r} does not tell the layers of full attention")
         return []
     types = c.get("layer_types") or [FULL if i in full else other for i in layers]
-    if isinstance(types, list) and len(types) == len(layers) and {
-            *map(str, types)} <= {FULL, other}:
+    if isinstance(types, list) and [str(t) in (FULL, other) for t in types] == [True] * len(layers):
         return types
     c.wrong.append(f"layer_types {types!r}: only {FULL} and {other}, one for each layer")
     return []
