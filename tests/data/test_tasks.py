@@ -231,6 +231,7 @@ TWO = '{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "b"}\n'
     ({"a.csv": "text,label\na,b\nc\n"}, "bad line: /a.csv: it cannot be read: line 3 has 1 fields "
      "where the first row names 2; a text with ',' stands in quotes"),
     ({"a.csv": 'text,label\na,"b\nc,d\n'}, "/a.csv: .* line 2: unexpected end of data"),
+    ({"a.csv": 'text,"label\na,b\n'}, "/a.csv: .* line 1: unexpected end of data"),
     ({"a.csv": 'text,label\na,b\na,"b"c\n'}, "/a.csv: .* line 3: ',' expected after '\"'"),
     ({"a.csv": b"text,label\na,b\n\xe9,b\n"}, "line 3 is not UTF-8: save the table as CSV UTF-8"),
     ({"a.csv": "text,text\na,b\n"}, "two of its columns have one name: text, text"),
