@@ -431,8 +431,6 @@ def test_a_task_is_asked_as_it_was_judged(model: Path, build: Callable[..., Path
                              CHOICES, 3) for q in asked]
     assert ask(program, model, "--choices", text="\n".join(QUESTIONS)) == "".join(
         f"{a[0].text}\n" for a in best)
-    assert ask(program, model, "--best=3", text="\n".join(QUESTIONS)) == "".join(
-        "\t".join(f"{math.exp(a.logprob):.4f}\t{a.text}" for a in three) + "\n" for three in best)
 
 
 def test_each_task_has_its_own_set(model: Path, build: Callable[..., Path]) -> None:
@@ -575,14 +573,16 @@ def test_java_asks(count: int, model: Path, tmp_path: Path, build: Callable[...,
     subprocess.run(["javac", "-d", tmp_path, android / "src/main/java/app/Answer.java",
                     tmp_path / "Run.java"], check=True)
     done = subprocess.run(
-        ["java", "-Xmx64m", "-XX:+UseSerialGC", f"-Djava.library.path={tmp_path}", "-cp", tmp_path,
-         "Run", model, str(count)], input="\n".join(QUESTIONS), capture_output=True, text=True)
+        ["java", "-Xms32m", "-Xmx32m", "-XX:+AlwaysPreTouch", "-XX:+UseSerialGC", "-cp", tmp_path,
+         f"-Djava.library.path={tmp_path}", "Run", model, str(count)],
+        input="\n".join(QUESTIONS), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     error, *answers, growth = done.stdout.splitlines()
     assert error.startswith("cannot read /none/answer.bin")
     assert answers == ask(build(PORT / "answer.c"), model, "--choices",
                           text="\n".join(QUESTIONS)).splitlines()
-    assert int(growth) < 10_000                  # kB
+    print(f"{growth} kB")
+    assert int(growth) < 10_000
 
 
 # What is wrong
@@ -617,7 +617,7 @@ def test_bad_input_ends_in_one_line(small: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("flag", ["--bogus", "--choicesfoo", "--max-tokens=abc", "--max-tokens=0",
-                                  "--threads=100000", "--task", "--best=-1", ""])
+                                  "--threads=100000", "--task", ""])
 def test_wrong_usage_is_one_line(flag: str, build: Callable[..., Path]) -> None:
     program = build(PORT / "answer.c")
     said = ask(program, *filter(None, ["folder" if flag else "", flag]), code=2)

@@ -8,7 +8,7 @@ int main(int argc, char **argv) {
     static Answer handle, *a = &handle;
     u32 length;
     if (argc != 2) return 2;
-    snprintf(a->folder, sizeof a->folder, "%s", argv[1]);
+    a->folder = argv[1];
     if (setjmp(a->back)) return printf("error: %s\n", a->failure), 1;
     open_table(a), a->kept = a->taken, a->taken = NULL;
     while (fread(&length, sizeof length, 1, stdin) && fread(text, 1, length, stdin) == length) {

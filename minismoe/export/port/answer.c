@@ -68,18 +68,16 @@ typedef struct { OrtValue **past; size_t length; } Cache;    /* keys, values and
 typedef struct { const char *name, *instruction; u32 node, longest; } Task;
 static const u32 NONE = UINT32_MAX, SPECIAL = 1u << 31;
 struct Head {
-    char name[8]; u32 hash;                  /* "answer.2"; CRC-32 of all that follows */
-    u32 model;                               /* CRC-32 of model.onnx and model.onnx.data */
+    char name[8]; u32 hash, model;           /* "answer.2"; CRC-32 of what follows, of the model */
     u32 vocab, context;                      /* tokens: known, to be read */
-    u32 words, numbers, flags;               /* numbers: of a word, at most; 0: any */
-    u32 question;                            /* of the check: the number of its text */
+    u32 words, numbers, flags, question;     /* numbers: of a word, at most; the check's text */
     float tolerance; u32 unused;             /* of LARGEST, as a share of the largest score */
     struct { u32 at, count; } table[TABLES]; /* byte of the file; entries */
 };
 struct Block { struct Block *next; uint64_t is_past; };      /* memory, of a Cache or not */
 struct Answer {
     jmp_buf back; char failure[1200];        /* where an error returns to, and what it is */
-    char folder[1000], names[400]; bool open;            /* names of tasks; whether it was opened */
+    char *folder, names[400]; bool open;     /* names of tasks; whether it was opened */
     struct Block *kept, *taken;              /* memory until the end; until the next question */
     struct Head *head; const void *table[TABLES]; u32 count[TABLES]; Task *tasks;
     const OrtApi *ort; OrtEnv *environment; OrtSessionOptions *options; OrtSession *session;
@@ -112,10 +110,8 @@ static void forget(Answer *a, Cache c) {     /* what is the cache's own */
             a->ort->ReleaseValue(c.past[i]), c.past[i] = NULL;
 }
 static void give_back(Answer *a, struct Block **blocks) {
-    for (struct Block *block; (block = *blocks); free(block)) {
+    for (struct Block *block; (block = *blocks); *blocks = block->next, free(block))
         if (block->is_past) forget(a, (Cache){(OrtValue **)(block + 1), 0});
-        *blocks = block->next;
-    }
 }
 static double now(void) {
     struct timespec t;
@@ -142,9 +138,12 @@ static char *text_at(Answer *a, size_t i, u32 *length) {
     if (at > all || *length > all - at) damaged(a);
     return memcpy(take(a, *length + 1, 1), (const char *)a->table[TEXTS] + at, *length);
 }
+static char *path_of(Answer *a, const char *name) {
+    char *path = take(a, strlen(a->folder) + strlen(name) + 2, 1);
+    return strcat(strcat(strcpy(path, a->folder), "/"), name);
+}
 static void open_table(Answer *a) {
-    char path[1100];
-    snprintf(path, sizeof path, "%s/answer.bin", a->folder);
+    const char *path = path_of(a, "answer.bin");
     FILE *file = fopen(path, "rb");
     if (!file) fail(a, "cannot read %s: export.py RUN --port writes it", path);
     long bytes = fseek(file, 0, SEEK_END) ? 0 : ftell(file), size = sizeof *a->head;
@@ -415,17 +414,16 @@ static void open_past(Answer *a, size_t i) {
 }
 static void open_model(Answer *a, int threads) {
     static const char *const known[] = {"input_ids", "attention_mask", "position_ids", ""};
-    char path[1100]; const char *version = OrtGetApiBase()->GetVersionString();
+    const char *version = OrtGetApiBase()->GetVersionString();
     int type; int64_t shape[8] = {0}; char *end; const u32 context = a->head->context;
     long major = strtol(version, &end, 10), minor = strtol(end + (*end == '.'), NULL, 10);
     if (major < 1 || (major == 1 && minor < 30))         /* whose GetApi would print 1,000 lines */
         fail(a, "onnxruntime %s is too old: link 1.30 or later", version);
     const OrtApi *ort = a->ort = OrtGetApiBase()->GetApi(21);
-    snprintf(path, sizeof path, "%s/model.onnx", a->folder);
     call(a, ort->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "answer", &a->environment));
     call(a, ort->CreateSessionOptions(&a->options));
     call(a, ort->SetIntraOpNumThreads(a->options, threads));
-    call(a, ort->CreateSession(a->environment, path, a->options, &a->session));
+    call(a, ort->CreateSession(a->environment, path_of(a, "model.onnx"), a->options, &a->session));
     call(a, ort->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &a->memory));
     call(a, ort->GetAllocatorWithDefaultOptions(&a->allocator));
     size_t inputs; call(a, ort->SessionGetInputCount(a->session, &inputs));
@@ -621,10 +619,9 @@ static void answer(Answer *a, const char *question, const char *name, AnswerResu
 /* Fail unless this device computes as the one that exported. */
 static void check(Answer *a) {
     static const char *const files[] = {"model.onnx", "model.onnx.data"};
-    unsigned char *bytes = take(a, 1 << 16, 1); u32 hash = 0, size; char path[1100];
+    unsigned char *bytes = take(a, 1 << 16, 1); u32 hash = 0, size;
     for (int i = 0; i < 2; i++) {
-        snprintf(path, sizeof path, "%s/%s", a->folder, files[i]);
-        FILE *file = fopen(path, "rb");
+        FILE *file = fopen(path_of(a, files[i]), "rb");
         for (size_t n; file && (n = fread(bytes, 1, 1 << 16, file));) hash = crc(hash, bytes, n);
         if (file) fclose(file);
     }
@@ -671,8 +668,7 @@ Answer *open_answer(const char *folder, int threads) {
     Answer *a = calloc(1, sizeof *a);
     if (!a) return NULL;
     if (setjmp(a->back)) return a->kept = a->taken, a->taken = NULL, release(a), a;
-    if (snprintf(a->folder, sizeof a->folder, "%s", folder) >= (int)sizeof a->folder)
-        fail(a, "the folder's name has more than %zu bytes", sizeof a->folder);
+    a->folder = strcpy(take(a, strlen(folder) + 1, 1), folder);
     open_table(a), open_model(a, threads);
     a->kept = a->taken, a->taken = NULL, a->open = true;
     return a;
@@ -693,8 +689,6 @@ const char *answer_error(const Answer *a) { return a ? a->failure : "out of memo
 void close_answer(Answer *a) { if (a && a->open) release(a); free(a); }
 
 #ifndef ANSWER_LIBRARY
-static const char usage[] = "answer FOLDER [QUESTION] [--task NAME] [--choices] [--best N] "
-                            "[--max-tokens N] [--threads N] [--check]";
 static void refuse(const char *what, const char *why) {
     fprintf(stderr, "error: %s: %s\n", what, why), exit(2);
 }
@@ -712,56 +706,51 @@ static bool natural(char **argv, int *i, const char *name, long most, size_t *to
     if (text && (*end || n < 1 || n > most)) refuse(name, why);
     return text && (*to = n);
 }
-static void print(const char *text, bool line) {
-    for (; *text; text++)
-        if (line && (*text == '\n' || *text == '\r')) fputs(*text == '\n' ? "\\n" : "\\r", stdout);
-        else putchar(*text);
-}
 int main(int argc, char **argv) {
+    static const char usage[] = "answer FOLDER [QUESTION] [--task NAME] [--choices] "
+                                "[--max-tokens N] [--threads N] [--check]";
     char *folder = NULL, *text = NULL, *task = NULL, *value; AnswerResult r = {0};
-    size_t size = 0, number = 0, bad = 0, threads = 0, best = 0; bool checks = false, known = false;
+    size_t size = 0, number = 0, bad = 0, threads = 0; bool checks = false, instructed = false;
     for (int i = 1; i < argc; i++)
         if (!strcmp(argv[i], "--help")) return printf("usage: %s\n", usage) < 0;
         else if (!strcmp(argv[i], "--check")) checks = true;
         else if (!strcmp(argv[i], "--choices")) r.best = 1;
         else if ((value = value_of(argv, &i, "--task"))) task = value;
-        else if (natural(argv, &i, "--best", 1000, &best) ||
-                 natural(argv, &i, "--threads", 512, &threads) ||
+        else if (natural(argv, &i, "--threads", 512, &threads) ||
                  natural(argv, &i, "--max-tokens", 1 << 24, &r.most)) continue;
         else if (!strncmp(argv[i], "--", 2) || (folder && text)) refuse(argv[i], usage);
         else *(folder ? &text : &folder) = argv[i];
     if (!folder) refuse("no folder", usage);
-    if (best) r.best = best;
     Answer *a = open_answer(folder, threads);
     if (*answer_error(a) || (checks && check_answer(a)))
         return fprintf(stderr, "error: %s\n", answer_error(a)), close_answer(a), 1;
-    if (checks) return fputs("[computes as the export did]\n", stderr), close_answer(a), 0;
-    for (u32 i = 0; i < a->count[TASKS]; i++) known |= *a->tasks[i].instruction;
-    if (!task && known && a->count[TASKS] > 1)
+    for (u32 i = 0; i < a->count[TASKS]; i++) instructed |= *a->tasks[i].instruction;
+    if (!task && instructed && a->count[TASKS] > 1)
         fprintf(stderr, "[asked without an instruction: name the task by --task: %s]\n", a->names);
     bool lines = !text;
     r.trim = lines;
-    for (ssize_t n; (n = lines ? getline(&text, &size, stdin) : (ssize_t)strlen(text)) >= 0;) {
+    while (!checks) {
+        ssize_t n = lines ? getline(&text, &size, stdin) : (ssize_t)strlen(text);
+        if (n < 0) break;
         bool mark = ++number == 1 && lines && !strncmp(text, "\xef\xbb\xbf", 3);
         double start = now();
         const char *why = (size_t)n != strlen(text) ? "a byte is zero" :
                           ask_answer(a, text + 3 * mark, task, &r) ? answer_error(a) : NULL;
-        for (size_t i = 0; best && i < r.found; i++, print(r.choices[i - 1].text, lines))
-            printf("%s%.4f\t", !i ? "" : lines ? "\t" : "\n", power_of_e(r.choices[i].logprob));
-        if (!why && !best) print(r.text, lines);
+        for (const char *s = why ? "" : r.text; *s; s++)
+            if (!lines || (*s != '\n' && *s != '\r')) putchar(*s);
+            else fputs(*s == '\n' ? "\\n" : "\\r", stdout);
         if ((lines || !why) && (putchar('\n') < 0 || fflush(stdout)))
-            return fputs("error: cannot write the answer\n", stderr), 1;
-        if (why && lines) fprintf(stderr, "line %zu: %s\n", number, why);
-        else if (why) fprintf(stderr, "error: %s\n", why);
+            refuse("standard output", "cannot write the answer");
+        if (why && lines) fprintf(stderr, "line %zu: %s\n", number, why), bad++;
+        else if (why) return fprintf(stderr, "error: %s\n", why), close_answer(a), 1;
         else fprintf(stderr, "[log-probability %.4f (%.1f %%), first token after %.3f s, %zu "
                      "tokens at %.1f/s]\n", r.logprob, 100 * power_of_e(r.logprob), r.first_token,
                      r.tokens, r.tokens / (now() - start - r.first_token));
-        bad += why != NULL;
         if (!lines) break;
     }
-    if (!number) fputs("error: the standard input has no line\n", stderr);
-    if (lines && bad) fprintf(stderr, "error: %zu of %zu lines have no answer\n", bad, number);
+    if (!number && !checks) bad++, fputs("error: the standard input has no line\n", stderr);
+    else if (bad) fprintf(stderr, "error: %zu of %zu lines have no answer\n", bad, number);
     if (lines) free(text);
-    return close_answer(a), bad || !number;
+    return close_answer(a), bad > 0;
 }
 #endif

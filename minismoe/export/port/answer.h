@@ -11,9 +11,6 @@
 #ifndef ANSWER_H
 #define ANSWER_H
 #include <stddef.h>
-#ifdef __cplusplus
-extern "C" {
-#endif
 
 typedef struct Answer Answer;                /* an exported folder, opened */
 typedef struct { const char *text; double logprob; } AnswerChoice;
@@ -39,8 +36,4 @@ int check_answer(Answer *handle);
 /* What went wrong at the last call, in one line; "" if nothing did. NULL: memory is out. */
 const char *answer_error(const Answer *handle);
 void close_answer(Answer *handle);
-
-#ifdef __cplusplus
-}
-#endif
 #endif
