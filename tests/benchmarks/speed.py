@@ -5,6 +5,7 @@
     python tests/benchmarks/speed.py family                               families beside Llama
     python tests/benchmarks/speed.py decode OUT GENAI SMOLLM2.Q4_0.gguf   exports beside others'
     python tests/benchmarks/speed.py answers OUT --data DATA --tasks trec     from a set, or plain
+    python tests/benchmarks/speed.py drafts OUT --data DATA --tasks calls     with and without
     python tests/benchmarks/speed.py growth --model SMOLLM2 --data DATA   by size of the model
 
 OUT is a folder of export.py, GENAI one of onnxruntime-genai's model builder, and llama.cpp reads a
@@ -26,6 +27,8 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
+from zlib import crc32
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -106,18 +109,24 @@ def decode(args: argparse.Namespace, side: str) -> Figures:
     return figures | {"file MB": sum(f.stat().st_size for f in files) / 1e6}
 
 
+def asked(generator: Any, args: argparse.Namespace) -> tuple[Any, list[list[int]], list[str]]:
+    """A task, and the prompts and right answers of its first test lines."""
+    from minismoe.data.tasks import load_tasks
+    (task,) = load_tasks(args.data, args.tasks)
+    lines = task.test[:args.count]
+    return (task, [generator.tokenizer.encode_chat(line[:-1], add_generation_prompt=True).ids
+                   for line in lines], [str(line[-1].get("content")).strip() for line in lines])
+
+
 def answers(args: argparse.Namespace, side: str) -> Figures:
     """Test lines of a task. The first token alone is the least that any way to answer takes."""
-    from minismoe.data.tasks import closed_answers, load_tasks
+    from minismoe.data.tasks import closed_answers
     from minismoe.runtime import Generator
     generator = Generator(args.paths[0], threads=args.threads)
-    encode, given, wanted, prompts = generator.tokenizer.encode, [], [], []
-    (task,) = load_tasks(args.data, args.tasks)
-    for *asked, answer in task.test[:args.count]:
-        prompts.append(encode(generator.tokenizer.render(asked, add_generation_prompt=True))[0])
-        wanted.append(answer["content"].strip())
-    choices = closed_answers(task.train)
-    limit = 1 if side == "first token" else max(len(encode(c)[0]) for c in choices) + 4
+    task, prompts, wanted = asked(generator, args)
+    choices, given = closed_answers(task.train), []
+    limit = 1 if side == "first token" else 4 + max(
+        len(generator.tokenizer.encode(choice)[0]) for choice in choices)
     start = time.perf_counter()
     for prompt in prompts:
         given.append(generator.choose(prompt, choices)[0].text if side == "from the set" else
@@ -125,6 +134,25 @@ def answers(args: argparse.Namespace, side: str) -> Figures:
     return {"answers/s": len(prompts) / (time.perf_counter() - start),
             "exact %": 100 * statistics.mean(map(str.__eq__, given, wanted)),
             "valid %": 100 * statistics.mean(text in choices for text in given)}
+
+
+def drafts(args: argparse.Namespace, side: str) -> Figures:
+    """Decoding of answers after their first token. The ratio of the texts' sums is 1.00 where no
+    token differs."""
+    from minismoe.runtime import Generator
+    generator = Generator(args.paths[0], threads=args.threads)
+    if side == "plain":
+        generator.drafts = {}
+    texts, seconds, steps = list[list[int]](), 0.0, 0
+    for prompt in asked(generator, args)[1]:
+        answer = generator.generate(prompt, 256)
+        text, start = [next(answer, -1)], time.perf_counter()
+        texts.append([*text, *answer])
+        seconds += time.perf_counter() - start
+        steps += answer.steps
+    tokens = sum(map(len, texts))
+    return {"ms an answer": 1e3 * seconds / len(texts), "tokens an answer": tokens / len(texts),
+            "tokens a step": tokens / max(steps, 1), "sum": crc32(str(texts).encode())}
 
 
 def checkpoint(folder: Path, size: str, tokenizer: str) -> None:
@@ -190,6 +218,7 @@ WORKS: dict[str, tuple[Callable[[argparse.Namespace, str], Figures], Sequence[st
                                     "gemma3_text", "lfm2", "qwen3_5_text")),
     "decode": (decode, ()),                  # the given folders and files
     "answers": (answers, ("plain", "first token", "from the set")),
+    "drafts": (drafts, ("plain", "drafted")),
     "growth": (growth, tuple(SIZES))}
 
 

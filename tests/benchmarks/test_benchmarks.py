@@ -10,9 +10,11 @@ import torch
 from exported import export, random_model
 from tiny import QUICK, save_bytes_model, write_lines
 
+import export as export_script
 import train
 from minismoe.io.files import read_json
 from minismoe.model.checkpoint import load_model
+from minismoe.runtime.drafts import write_drafts
 
 if sys.platform != "linux":
     pytest.skip("they read peak memory as Linux tells it", allow_module_level=True)
@@ -138,6 +140,22 @@ def test_draws_of_few_lines_hold_no_line_twice(odd_run) -> None:
     first, second = (few.drawn(folder, "odd", 6, draw)[0] for draw in (0, 1))
     assert len({json.dumps(line) for line in first}) == 6 and first != second
     assert few.drawn(folder, "odd", 3, 0)[0] == first[:3]
+
+
+def test_speed_asks_a_tasks_test_lines(odd_run, tmp_path, succeed) -> None:
+    """Drafts change no text; all answers of the set are valid."""
+    succeed(export_script.main, odd_run, "--out", tmp_path / "out")
+    write_drafts(tmp_path / "out", {(ord("y"),): ord("e"), (ord("e"),): ord("s")})
+    for work, figure in ("drafts", "sum"), ("answers", "valid %"):
+        args = speed.parse([work, str(tmp_path / "out"), "--data", str(odd_run.parent / "data"),
+                            "--tasks", "odd", "--count", "4", "--threads", "1"])
+        measure, sides = speed.WORKS[work]
+        found = {side: measure(args, side) for side in sides}
+        if work == "drafts":
+            assert found["plain"][figure] == found["drafted"][figure]
+            assert found["plain"]["tokens a step"] <= found["drafted"]["tokens a step"]
+        else:
+            assert found["from the set"][figure] == 100
 
 
 def test_growth_makes_a_checkpoint_of_a_shape(inputs, tmp_path, monkeypatch) -> None:
