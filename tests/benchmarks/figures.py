@@ -27,7 +27,7 @@ from minismoe.method.allocate import allocate
 RESULTS = Path(__file__).resolve().parent / "results"
 WIDTH = 860.0                                # about the width of a README on GitHub
 INK, GREY, LINE, PALE = "#1f2328", "#59636e", "#d0d7de", "#f3f5f7"
-BLUE, LIGHT_BLUE, ORANGE, LIGHT_ORANGE = "#0a5cbf", "#d6e6f7", "#b3500b", "#f3d9c4"
+BLUE, LIGHT_BLUE, ORANGE = "#0a5cbf", "#d6e6f7", "#b3500b"
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 SHOWN = {"MB": "megabytes", "rate": "tokens/s"}
 CURVES = {"SmolLM2-135M": (BLUE, 3.0), "Gemma 3 270M": (ORANGE, 3.0),
