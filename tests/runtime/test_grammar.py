@@ -93,6 +93,9 @@ def test_tokens_that_alone_may_follow_are_read_in_one_step(generator) -> None:
 @pytest.mark.parametrize("schema, message", [
     ({"type": "strange"}, "the schema cannot be compiled: .*strange"),
     ({"not": {}}, "the schema cannot be compiled: .*not"),
+    ({"type": "integer", "multipleOf": 1 << 31}, "have a product above 100,000"),
+    ({"allOf": [{"multipleOf": 999}, {"multipleOf": 101}]}, "have a product above 100,000"),
+    ({"properties": {f"p{n}": {} for n in range(8000)}}, "at most 32,000 are read"),
     ({"$ref": "#/nowhere"}, "cannot be compiled"), ([], "the schema is no JSON object"),
     ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "the grammar cannot keep the"),
     ({"type": "object", "properties": {"a": {"maximum": 1.5, "exclusiveMinimum": 1}}},

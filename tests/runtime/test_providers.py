@@ -1,7 +1,6 @@
 """Plugin providers, on software where there is no device: the CPU's texts, and what ran where."""
 
 import os
-import random
 import re
 import sys
 import threading
@@ -82,15 +81,6 @@ def test_logits_are_those_of_the_cpu(model, tmp_path, precision, provider) -> No
         assert (found - wanted).abs().max() < TOLERANCES[precision] * wanted.abs().max()
 
 
-@needs("webgpu")
-def test_a_long_context_in_float16(model, tmp_path) -> None:
-    folder = export(model, tmp_path / "f", precision="fp16", context=1100)
-    text = random.Random(0).choices(range(32, 127), k=1000)
-    wanted, found = (logits(Generator(folder, name, threads=1), [text], [[65] * 20])[0]
-                     for name in (None, "webgpu"))
-    assert (found - wanted).abs().max() < TOLERANCES["fp16"] * wanted.abs().max()
-
-
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("kind", ["ort", "static"])
 def test_experts_beside_matrices(model, tmp_path, kind, provider) -> None:
@@ -132,18 +122,6 @@ def test_a_cache_stays_on_the_gpu(folders) -> None:
         list(generator.generate(PROMPTS[0], 4))
         assert {value.device_name() for value in generator._caches[-1].past.values()} == {"webgpu"}
     assert {name: id(value) for name, value in shared._caches[-1].past.items()} == before
-
-
-@needs("webgpu")
-def test_stats_say_what_ran_where(folders, generator) -> None:
-    """Native libraries say nothing beside it."""
-    prompt = generator.tokenizer.render([{"role": "user", "content": "hello"}], True)
-    expected = "".join(generator.text(generator.generate(prompt, 8))) + "\n"
-    plain, stats = (command(folders["ort"], "hello", "--max-tokens", "8", "--provider", "webgpu",
-                            *more) for more in ((), ("--stats",)))
-    assert (plain.stdout, plain.stderr, stats.stdout) == (expected, "", expected)
-    assert re.match(r"\[WebGpuExecutionProvider: \d+ nodes \(.*2 GroupQueryAttention.*\); "
-                    r"CPUExecutionProvider: \d+ nodes \(2 \w+, .*\)\]\n", stats.stderr)
 
 
 @needs("openvino")

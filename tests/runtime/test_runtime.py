@@ -7,6 +7,7 @@ import json
 import math
 import random
 import weakref
+from array import array
 from collections import Counter
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from minismoe.method.freeze import Fit
 from minismoe.runtime import Generator
 from minismoe.runtime import model as opened
 from minismoe.runtime.providers import CPU, Device
-from minismoe.runtime.sampling import Sampling
+from minismoe.runtime.sampling import Sampling, penalized
 
 PROMPTS = [b"a", b"some words", b"longer: the quick brown fox jumps"]
 LORA = "model.layers.0.mlp.up_proj"
@@ -297,6 +298,15 @@ def test_a_repetition_penalty_is_that_of_transformers(model, folders) -> None:
              for answer in answers for token in answer]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=0, atol=1e-3)
     assert generator.batch(PROMPTS, 12) != expected
+
+
+def test_penalties_make_each_token_less_likely_and_leave_the_logits_as_they_were() -> None:
+    floats = memoryview(bytearray(16)).cast("f")
+    floats[:] = before = memoryview(array("f", [-2, 2, -2, 2]))
+    with penalized(floats, {0}, Counter([1, 1, 2]), Sampling(
+            repetition_penalty=2, frequency_penalty=0.5, presence_penalty=0.25)):
+        assert [*floats] == [-4, 1 - 1.25, -4 - 0.75, 2]
+    assert floats == before
 
 
 @pytest.mark.parametrize("stop, text", [
