@@ -279,22 +279,6 @@ def test_a_folder_that_holds_anything_is_not_written_to(inputs, tmp_path, fails,
     assert (tmp_path / name).read_text() == "precious" and len([*tmp_path.iterdir()]) == 1
 
 
-def test_init_takes_the_lines_of_its_run(inputs, tmp_path, succeed, fails) -> None:
-    """Else it would be judged on lines that it was trained on."""
-    run, again = tmp_path / "run", tmp_path / "again"
-    succeed(train.main, *inputs, *QUICK, "--seed", "3", "--system", "Be brief.", "--out", run)
-    size = read_json(run / "results.json")["trainable_parameters"]
-    out = succeed(train.main, "--init", run, "--epochs", "0", "--out", again)
-    assert f"{size:,} trainable parameters" in out and "probed" not in out
-    first, second = (read_json(r / "config.json") for r in (run, again))
-    assert all(first["arguments"][name] == second["arguments"][name] for name in runs.EXPORTED)
-    assert first["identity"].items() <= second["identity"].items()
-    (run / "adapter" / "adapter.json").unlink()
-    for main, *flags in (train.main, "--init", run), (export.main, run):
-        fails(main, *flags, says=f"{run} has not finished; go on with: python train.py --resume "
-                                 f"--out {run}")
-
-
 def test_a_damaged_before_json_is_one_clear_line(run, succeed, fails) -> None:
     before = (run / "before.json").read_text()
     for damaged, says in (("[]", "before.json holds no JSON object"), ("{}", "lacks: 'sum'"),

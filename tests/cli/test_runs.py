@@ -231,10 +231,12 @@ def test_a_system_prompt_is_added_and_remembered_by_the_export(inputs, tmp_path,
 
 
 def test_a_run_goes_on_from_the_experts_of_another_or_judges_them(inputs, tmp_path, succeed,
-                                                                  ) -> None:
+                                                                  fails) -> None:
+    """On the same lines: else it would be judged on lines that it was trained on."""
     quick = ("--samples", "2", "--rank", "2", "--dtype", "float32", "--exact-match", "off")
     first, judged, more = (tmp_path / name for name in ("first", "judged", "more"))
-    succeed(train.main, *inputs, *quick, "--epochs", "4", "--lr", "0.02", "--out", first)
+    succeed(train.main, *inputs, *quick, "--epochs", "4", "--lr", "0.02", "--seed", "3",
+            "--system", "Be brief.", "--out", first)
     for flags, out in ((("--epochs", "0"), judged), (("--epochs", "1", "--lr", "1e-3"), more)):
         succeed(train.main, "--init", first, *flags, *quick[4:], "--out", out)
     tasks = [read_json(run / "results.json")["tasks"] for run in (first, judged, more)]
@@ -251,6 +253,13 @@ def test_a_run_goes_on_from_the_experts_of_another_or_judges_them(inputs, tmp_pa
     assert verdict.read_metrics(judged / "metrics.jsonl") == ([], {})
     adapters = [(run / "adapter" / "adapter.safetensors").read_bytes() for run in (first, judged)]
     assert adapters[0] == adapters[1]
+    config = read_json(first / "config.json")
     for run in (judged, more):
-        identity = read_json(run / "config.json")["identity"]
-        assert identity["the adapter of --init"] == hashlib.sha256(adapters[0]).hexdigest()[:16]
+        begun = read_json(run / "config.json")
+        assert all(begun["arguments"][n] == config["arguments"][n] for n in runs.EXPORTED)
+        assert begun["identity"] == config["identity"] | {
+            "the adapter of --init": hashlib.sha256(adapters[0]).hexdigest()[:16]}
+    (first / "adapter" / "adapter.json").unlink()
+    for main, *flags in (train.main, "--init", first), (export.main, first):
+        fails(main, *flags, says=f"{first} has not finished; go on with: python train.py --resume "
+                                 f"--out {first}")
