@@ -186,12 +186,14 @@ def next_commands(config: ExportConfig, source: Source, out: Path, adapters: Map
 
 
 def port_commands(folder: str) -> str:
-    """How answer.c is compiled with the header of Debian's libonnxruntime-dev, or of another
-    release, and the library that is here, and how it is asked."""
+    """How answer.c is compiled, with a release's header (Debian's libonnxruntime-dev) and the
+    library that is here, and how it is asked. The program looks beside itself for a library of the
+    name libonnxruntime.so.1, which that of the wheel calls itself."""
     here = Path(onnxruntime.__file__).with_name("capi")
-    library = shlex.quote(str(next(here.glob("libonnxruntime.*"), here / "libonnxruntime.so")))
-    return (f"\ncc -O2 {folder}/answer.c -I/usr/include/onnxruntime {library} "
-            f"-Wl,-rpath,{shlex.quote(str(here))} -o answer\n./answer {folder}")
+    library = shlex.quote(str(next(here.glob("libonnxruntime.so.*"), here / "libonnxruntime.so")))
+    return (f"\nln -sf {library} libonnxruntime.so.1"
+            f"\ncc -O2 {folder}/answer.c libonnxruntime.so.1 -Wl,-rpath,'$ORIGIN' -o answer"
+            f"\n./answer {folder}")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,17 @@ The merged model is only asked if the export answers worse than chance explains.
 import math
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import groupby
 
 from ..data.tasks import Task
 from ..io.progress import progress_bar
 from ..io.text import clean, table
+from ..method.loss import IGNORE
 from ..model.decoder import CausalLM
 from ..runtime import Generator
+from ..runtime.drafts import SUFFIX
 from ..training.evaluate import evaluate, exact_match, questions
 from .settings import Source
 from .ship import Part, unrounded, with_adapter
@@ -55,9 +59,10 @@ def check_answers(part: Part, source: Source, name: str, right: Callable[[Task],
     return rights
 
 
-def rights_of(generator: Generator, task: Task) -> list[int]:
+def rights_of(generator: Generator, task: Task, steps: Counter[str]) -> list[int]:
     """Whether an exported folder answers each test line of a task rightly; [] if it has no room for
-    the answers, in the context or in the past of a static graph."""
+    the answers, in the context or in the past of a static graph. Adds to `steps` how many steps the
+    answers took, and would have taken `steps_without` drafts."""
     # The same lines as in PyTorch: `sizes_of` sees to it that the context holds all of them.
     asked = questions(generator.tokenizer, task, generator.context)
     limit, longest = max(asked.limits, default=0), max(map(len, asked.prompts), default=0)
@@ -65,10 +70,28 @@ def rights_of(generator: Generator, task: Task) -> list[int]:
         print(f"{clean(task.name)}: no exact match, as an answer may have {limit} tokens, and "
               f"there is room for {room}")
         return []
+
+    def answer(prompt: list[int], limit: int) -> list[int]:
+        tokens = [*(answer := generator.generate(prompt, limit))]
+        steps.update(steps=answer.steps, steps_without=len(tokens) - (answer.ended != "stop"))
+        return tokens
+
     return exact_match(generator.tokenizer, asked, lambda prompts, limits: [
-        [*generator.generate(prompt, limit)] for prompt, limit in progress_bar(
-            [*zip(prompts, limits)], f"evaluate {clean(task.name)}", unit="line", leave=False)
-    ]).right
+        answer(*line) for line in progress_bar([*zip(prompts, limits)],
+                                               f"evaluate {clean(task.name)}", unit="line",
+                                               leave=False)]).right
+
+
+def training_answers(source: Source) -> Iterator[tuple[list[int], list[int]]]:
+    """The answers of the training lines as the model would write them, with the stop token, each
+    after the tokens before it: what `make_drafts` takes."""
+    for example in (e for examples in source.examples.values() for e in examples):
+        start = 0
+        for is_answer, labels in groupby(example.labels, lambda label: label != IGNORE):
+            end = start + len([*labels])
+            if is_answer:
+                yield example.ids[max(0, start - SUFFIX):start], example.ids[start:end]
+            start = end
 
 
 def rights_in_torch(model: CausalLM, source: Source, task: Task) -> list[int]:

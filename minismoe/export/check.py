@@ -9,6 +9,7 @@ Letters: n tokens compared, V vocabulary.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -18,34 +19,40 @@ from typing import Any
 import onnx
 import onnxruntime as ort
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..data.tasks import Example, Task, collate
-from ..io.files import read_json
 from ..io.text import clean
 from ..method.experts import expert_layers
-from ..model.checkpoint import DTYPES, load_model, stored_tensors, text_name
+from ..model.checkpoint import load_model
 from ..model.decoder import CausalLM
 from ..model.quantize import BlockWeight
 from ..runtime import Generator
+from ..runtime.drafts import make_drafts, write_drafts
 from ..runtime.folder import graph_of
 from ..runtime.model import CHUNK
-from .answers import check_answers, rights_in_torch, rights_of, shares
-from .layers import AdapterLinear, flat, matrix
+from .answers import check_answers, rights_in_torch, rights_of, shares, training_answers
+from .layers import AdapterLinear
 from .nodes import all_nodes
 from .plan import TOKENS, check_prompts
 from .settings import ExportConfig, Source
-from .ship import Part, sharing_copy, unrounded, widened, with_adapter
+from .ship import (
+    Part,
+    adapter_weights,
+    merged_weights,
+    sharing_copy,
+    unrounded,
+    widened,
+    with_adapter,
+)
 from .weights import PRECISIONS
 
 Prompts = Sequence[Sequence[int]]
 Figures = dict[str | None, dict[str, Any]]   # by adapter; None: without any
-Written = tuple[str, Tensor | None, Tensor]  # a name, what is in a file, and what has to be
 FEW = 4                                      # tokens of a text that is slow to read
 LITTLE = 1e11                                # multiplications that a longer prompt may cost
 FLOAT32, BITS8 = 1e-4, 0.1   # how far logits may be apart: in floats, activations in 8 bits
+PAYS = 0.85                                  # of the steps without drafts: some read 3 tokens
 EXPLAINED = 2                                # times `rounding_error`; kernels had 0.2 to 0.9 of it
 
 
@@ -72,11 +79,18 @@ def check(part: Part, source: Source, folder: Path, reference_fp32: CausalLM) ->
     for name in config.provider or ():
         check_provider(part, generator, Generator(folder, name), name, prompts, figures)
 
+    steps = Counter[str]()
+
     def right(task: Task) -> list[int]:
         generator.use(task.name if config.adapters else None)
-        return rights_of(generator, task)
+        return rights_of(generator, task, steps)
 
+    if config.form.last > 1:
+        generator.drafts = make_drafts(training_answers(source))
     rights = check_answers(part, source, config.precision, right, reference_fp32)
+    if steps["steps"] < PAYS * steps["steps_without"]:
+        write_drafts(folder, generator.drafts)
+        figures[None]["drafts"] = dict(steps)
     for adapter, seen in figures.items():
         if adapter or not config.adapters:
             seen["exact_match"] = {task: shares(row) for task, row in rights.items()
@@ -285,30 +299,6 @@ def check_weights(part: Part, source: Source, folder: Path, prompts: Prompts) ->
     show_logits(source.name, figures)
     rights = check_answers(part, source, layout, partial(rights_in_torch, exported, source))
     return figures | {"exact_match": {task: shares(row) for task, row in rights.items()}}
-
-
-def merged_weights(shipped: CausalLM, exported: CausalLM, base: Path) -> Iterator[Written]:
-    """The weights of layout hf, as they are stored, and those that ship, in the base's dtypes."""
-    stored = stored_tensors(base)
-    for name, weight in exported.named_parameters():
-        module, _, kind = name.rpartition(".")
-        leaf = shipped.get_submodule(module)
-        wanted = matrix(leaf) if kind == "weight" else getattr(leaf, kind)
-        yield name, weight, wanted.to(DTYPES[stored[shipped.config.name(name)].content.get_dtype()])
-
-
-def adapter_weights(shipped: CausalLM, folder: Path) -> Iterator[Written]:
-    """The LoRAs of layout peft, if PEFT is told to take them, and those that ship, which zeros fill
-    up to one rank."""
-    settings = read_json(folder / "adapter_config.json")
-    tensors = load_file(folder / "adapter_model.safetensors")
-    found = {text_name(name): [tensors.get(f"base_model.model.{name}.lora_{kind}.weight")
-                               for kind in "AB"] for name in settings["target_modules"]}
-    for name, layer in expert_layers(shipped).items():
-        name, (A, B, _) = shipped.config.name(name), flat(layer)
-        more = settings["r"] - len(A)
-        wanted = F.pad(A, (0, 0, 0, more)), F.pad(B, (0, more))
-        yield from zip((f"{name}.lora_A", f"{name}.lora_B"), found.get(name, [None] * 2), wanted)
 
 
 def show_logits(name: str, figures: dict[str, Any], beside: str = "the trained model") -> None:

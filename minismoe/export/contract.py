@@ -15,6 +15,7 @@ from onnx import TensorProto, ValueInfoProto
 
 from ..runtime import Generator
 from ..runtime.drafts import DRAFTED
+from ..runtime.folder import trained_system
 from ..runtime.npu import EXACT
 from .nodes import all_nodes
 from .settings import Source
@@ -45,8 +46,8 @@ def golden(generator: Generator, tolerance: float) -> dict[str, Any]:
     tolerance: how far another device's logits may be from them, as a share of the largest. A prompt
     that a small context cannot hold is cut.
     """
-    tokenizer = generator.tokenizer
-    ids = tokenizer.encode(tokenizer.render([{"role": "user", "content": QUESTION}], True))[0]
+    chat = [*trained_system(generator.folder), {"role": "user", "content": QUESTION}]
+    ids = generator.tokenizer.encode_chat(chat, True).ids
     ids = ids[:max(1, generator.room(0) - TOKENS)]
     logits = torch.from_dlpack(next(generator.forced(ids, [])))[0, -1]
     values, largest = logits.topk(LOGITS)

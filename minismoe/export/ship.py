@@ -11,29 +11,44 @@ The writer of graphs, the check and the ranges of NPUs take this model.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..io.drawing import terminal_heatmap
+from ..io.files import read_json
 from ..io.progress import progress_bar
 from ..io.text import clean
 from ..method.experts import ExpertLinear, expert_layers, linear_layers
 from ..method.freeze import TaskFits, frozen_layer, no_fits
 from ..method.hooks import frozen
-from ..model.checkpoint import load_adapter, load_model
+from ..model.checkpoint import DTYPES, load_adapter, load_model, stored_tensors, text_name
 from ..model.decoder import CausalLM
 from ..model.quantize import BlockLinear, BlockWeight, WideWeight, quantize
 from .calibration import Batches, Calibration, Samples, calibration_batches
 from .gptq import DAMPING, TIED_DAMPING, gptq
-from .layers import HEAD, AdapterLinear, MergedWeight, matrix, put_weight, routed, vocabularies
+from .layers import (
+    HEAD,
+    AdapterLinear,
+    MergedWeight,
+    flat,
+    matrix,
+    put_weight,
+    routed,
+    vocabularies,
+)
 from .mixture import round_experts
 from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered
 from .settings import ExportConfig, Source
+
+Written = tuple[str, Tensor | None, Tensor]  # a name, what is in a file, and what has to be
 
 
 @dataclass
@@ -193,3 +208,27 @@ def widened(model: CausalLM) -> CausalLM:
         if not name.endswith(".stored"):
             weight.data = weight.data.float()
     return model
+
+
+def merged_weights(shipped: CausalLM, exported: CausalLM, base: Path) -> Iterator[Written]:
+    """The weights of layout hf, as they are stored, and those that ship, in the base's dtypes."""
+    stored = stored_tensors(base)
+    for name, weight in exported.named_parameters():
+        module, _, kind = name.rpartition(".")
+        leaf = shipped.get_submodule(module)
+        wanted = matrix(leaf) if kind == "weight" else getattr(leaf, kind)
+        yield name, weight, wanted.to(DTYPES[stored[shipped.config.name(name)].content.get_dtype()])
+
+
+def adapter_weights(shipped: CausalLM, folder: Path) -> Iterator[Written]:
+    """The LoRAs of layout peft, if PEFT is told to take them, and those that ship, which zeros fill
+    up to one rank."""
+    settings = read_json(folder / "adapter_config.json")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {text_name(name): [tensors.get(f"base_model.model.{name}.lora_{kind}.weight")
+                               for kind in "AB"] for name in settings["target_modules"]}
+    for name, layer in expert_layers(shipped).items():
+        name, (A, B, _) = shipped.config.name(name), flat(layer)
+        more = settings["r"] - len(A)
+        wanted = F.pad(A, (0, 0, 0, more)), F.pad(B, (0, more))
+        yield from zip((f"{name}.lora_A", f"{name}.lora_B"), found.get(name, [None] * 2), wanted)

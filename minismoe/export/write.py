@@ -15,6 +15,8 @@ from ..method.experts import expert_layers
 from ..model.checkpoint import versions
 from ..model.decoder import CausalLM
 from ..runtime import FORMAT, Generator
+from ..runtime.drafts import DRAFTED
+from ..runtime.drafts import FILE as DRAFTS
 from ..runtime.folder import TASKS
 from . import layouts
 from .calibration import shuffled_samples
@@ -82,6 +84,8 @@ def write(part: Part, source: Source, folder: Path, reference_fp32: CausalLM) ->
         graph["contract"]["golden"] = golden(Generator(folder), tolerance(config))
         with suppress(*() if config.port else (ValueError,)):    # some templates cannot be split
             graph["contract"]["prompt"] = prompt(source)
+        if steps := next(iter(checked.values())).pop("drafts", None):
+            graph["contract"]["drafts"] = {"file": DRAFTS, "tokens": DRAFTED, **steps}
     if config.port:
         write_port(folder, graph, source.tokenizer)
     return info | graph | {"checked": checked,

@@ -170,6 +170,25 @@ def test_every_long_stage_counts_to_its_end(run: Path, tmp_path: Path,
         "evaluate number, line": "3/3", "evaluate twice, line": "3/3"}
 
 
+@pytest.mark.parametrize("pays", [True, False])
+def test_drafts_ship_if_they_save_steps(run: Path, tmp_path: Path, pays: bool, monkeypatch,
+                                        ) -> None:
+    """Answers of the run are made of few tokens; the same are written with and without drafts."""
+    monkeypatch.setattr(check, "PAYS", 1.0 if pays else 0.0)
+    info = ship(tmp_path / "out", run, "--precision fp32")
+    assert ("drafts.json" in info["files"]) == pays == ("drafts" in info["contract"])
+    assert "drafts" not in info["checked"][""]
+    generator = Generator(tmp_path / "out", threads=1)
+    assert bool(generator.drafts) == pays
+    if pays:
+        said = info["contract"]["drafts"]
+        assert (said["file"], said["tokens"]) == ("drafts.json", 2)
+        assert 0 < said["steps"] < said["steps_without"]
+        drafted = [*generator.generate(PROMPT, 20)]
+        generator.drafts = {}
+        assert [*generator.generate(PROMPT, 20)] == drafted
+
+
 def test_of_long_answers_8_are_checked(run: Path, tmp_path: Path,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """A step for each token of an answer takes long, and hardly any is the same to its end."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from tiny import randomise, small_model
 from torch import Tensor
 
 import export
-from minismoe.data.tasks import Task
+from minismoe.data.tasks import Example, Task
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
 from minismoe.export import answers, check, ship
 from minismoe.export.calibration import Calibration, shuffled_samples, unlabelled
@@ -78,6 +79,12 @@ def test_a_base_in_16_bits_is_merged_in_float32() -> None:
         torch.testing.assert_close(merged.dense(), merged.base + linear.lora_B @ linear.lora_A)
 
 
+class Written(list[int]):
+    """An answer that drafts wrote in two steps, and its stop token in one more."""
+
+    ended, steps = "stop", 2
+
+
 class Says:
     """A generator that answers "yes" to what holds an x, and "no" to all else; its logits say so,
     and are 3 where they do."""
@@ -89,7 +96,7 @@ class Says:
         return 9
 
     def generate(self, prompt: Any, limit: int) -> Any:
-        return iter(b"yes" if ord("x") in prompt else b"no")
+        return Written(b"yes" if ord("x") in prompt else b"no")
 
     def batch(self, prompts: Any, limit: int) -> list[list[int]]:
         return [[*self.generate(prompt, limit)] for prompt in prompts]
@@ -98,7 +105,18 @@ class Says:
 def test_answers_are_scored_in_the_order_of_their_questions() -> None:
     lines = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}]
              for q, a in (("long x", "yes"), ("s", "no"), ("longer", "no"), ("x", "no"))]
-    assert answers.rights_of(Says(), Task("t", [], lines)) == [1, 1, 1, 0]
+    steps = Counter[str]()
+    assert answers.rights_of(Says(), Task("t", [], lines), steps) == [1, 1, 1, 0]
+    assert steps == {"steps": 4 * 2, "steps_without": 3 + 2 + 2 + 3}
+
+
+def test_answers_of_training_lines_begin_with_what_is_before_them() -> None:
+    """Of each turn, with at most four tokens of what comes before."""
+    lines = [Example("t", [*range(10)], [-100] * 5 + [5, 6] + [-100] + [8, 9]),
+             Example("t", [3, 4], [-100, 4])]
+    source: Any = SimpleNamespace(examples={"t": lines})
+    assert [*answers.training_answers(source)] == [
+        ([1, 2, 3, 4], [5, 6]), ([4, 5, 6, 7], [8, 9]), ([3], [4])]
 
 
 def logits_of(text: bytes, end: int = 257) -> Tensor:
