@@ -107,8 +107,8 @@ def finish_as(run: Path, undisturbed: Path, flags: Sequence[str]) -> None:
 def disturbed(run: Path, undisturbed: Path, flags: Sequence[str], duration: float,
               rng: random.Random) -> int:
     """Kill a run one to four times, finish it, and compare; how often it was killed."""
-    kills, latest = 0, 0.6 * duration
-    for _ in range(rng.randint(1, 4)):
+    kills, most, latest = 0, rng.randint(1, 4), 0.6 * duration
+    while kills < most:
         if killed(run, flags, rng.uniform(0, latest), rng.random() < 0.5):
             kills += 1
         elif kills:
