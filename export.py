@@ -28,7 +28,6 @@ from minismoe.cli import inputs as cli
 from minismoe.cli import results, runs, script, trimming
 from minismoe.cli.export_flags import NO_RUN, parse
 from minismoe.cli.flags import InputConfig
-from minismoe.data.tasks import are_short
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export.answers import rights_in_torch
 from minismoe.export.calibration import unlabelled
@@ -39,9 +38,9 @@ from minismoe.io.files import must_be_new, must_be_writable, naming, read_json
 from minismoe.io.text import clean
 from minismoe.model.checkpoint import load_adapter
 from minismoe.runtime.providers import find_device
-from minismoe.training.evaluate import questions
+from minismoe.training.plan import can_match
 
-CHECKED, ANSWERED = 8, 300       # test lines of a task: if its answers are long, and at most
+CHECKED, ANSWERED = 8, 300       # test lines of a task: of free text, and of others at most
 STORED = "weights as stored"
 
 
@@ -113,10 +112,8 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
         trimming.print_logprobs(whole, inputs)
     if settings.dtype == STORED:
         widened(inputs.model)
-    context = inputs.model.config.max_position_embeddings
     for task in inputs.tasks:
-        asked = questions(inputs.tokenizer, task, context)
-        most = ANSWERED if are_short([*map(len, asked.answers)]) else CHECKED
+        most = ANSWERED if can_match(inputs.encoded[task.name]) else CHECKED
         lines = cli.drawn([*range(len(task.test))], config.limit_test or most, saved.seed)
         task.test = [task.test[i] for i in lines]
         if right := judged.get(task.name):

@@ -6,9 +6,9 @@
 
 Probes each weight matrix, gives it experts, evaluates, trains, and evaluates again. RUN then holds
 config.json, sensitivity.json, allocation.json, before.json and after.json (each answer 1 or 0, and
-the wrong ones in words), metrics.jsonl and loss.svg, results.json, adapter/, checkpoints/. If a run
-stops after the probe, --resume completes it, and its files equal those of an undisturbed run,
-except for times.
+the wrong ones in words), metrics.jsonl and loss.svg, results.json, adapter/ and
+checkpoint.safetensors. If a run stops after the probe, --resume completes it, and its files equal
+those of an undisturbed run, except for times.
 """
 
 if __name__ == "__main__":
@@ -16,7 +16,8 @@ if __name__ == "__main__":
     end_quietly()
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -25,7 +26,6 @@ import torch
 from minismoe.cli import probing, results, runs, script
 from minismoe.cli.flags import RunConfig
 from minismoe.cli.inputs import Inputs, load_inputs, print_examples, resolve_auto
-from minismoe.data.tasks import Example, are_short
 from minismoe.io.files import write_json
 from minismoe.io.progress import progress_bar
 from minismoe.io.text import clean
@@ -33,14 +33,12 @@ from minismoe.method.allocate import Allocation
 from minismoe.method.experts import add_experts
 from minismoe.method.sensitivity import Scores
 from minismoe.model.checkpoint import load_adapter, save_adapter
-from minismoe.model.decoder import CausalLM, meta_model
-from minismoe.training.evaluate import evaluating
-from minismoe.training.judge import SHOWN, Judgement, judge
-from minismoe.training.loop import TrainConfig, train, with_defaults
-from minismoe.training.schedule import default_epochs, default_lr
-from minismoe.training.verdict import advice, read_metrics
-
-BASE_ANSWERS = 100       # of a task, by which the base is judged: most bases answer none right
+from minismoe.model.decoder import meta_model
+from minismoe.training.evaluate import SHOWN, Judgement, evaluating, judge
+from minismoe.training.loop import train, with_rate
+from minismoe.training.plan import TaskPlan, plan_table, plan_tasks
+from minismoe.training.schedule import default_lr
+from minismoe.training.verdict import advice, fifths, read_metrics
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,17 +67,20 @@ def main(argv: Sequence[str]) -> None:
     allocation, scores = give_experts(config, inputs)
     seconds = {"probe": round(time.perf_counter() - now, 2)} if scores else {}
     probing.print_experts(inputs.model, allocation)
-    given, config = config, with_defaults(config, inputs.model, [*chain(*inputs.encoded.values())])
+    given, config = config, with_rate(config, inputs.model)
     if given.lr is None:
         print(f"learning rate: {config.lr}, by the size of the base's weights")
+    examples, valid = ([*chain(*split.values())] for split in (inputs.encoded, inputs.valid))
+    plans = plan_tasks(examples, valid, config)
+    print(plan_table(plans))
 
     # From here on the folder is a run, which --resume continues.
     with runs.run_folder(config) as run:
-        runs.write_config(run, config, inputs, allocation)
+        runs.write_config(run, config, inputs, allocation, plans)
         if scores is not None:
             write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
         write_json(run / "allocation.json", allocation.to_json())
-        train_and_evaluate(run, config, inputs, allocation, seconds)
+        train_and_evaluate(run, config, inputs, allocation, plans, seconds)
     print(f"{time.perf_counter() - begun:.0f} s in all; everything is in {clean(run)}\n"
           + runs.next_commands(run, config))
 
@@ -100,7 +101,7 @@ def give_experts(config: RunConfig, inputs: Inputs) -> tuple[Allocation, Scores 
 
 
 def train_and_evaluate(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation,
-                       seconds: dict[str, float]) -> None:
+                       plans: Mapping[str, TaskPlan], seconds: dict[str, float]) -> None:
     """Evaluate, train, evaluate again, save; what `run` holds already is not done again."""
     trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
     base = sum(p.numel() for p in meta_model(inputs.model.config).parameters())
@@ -113,56 +114,53 @@ def train_and_evaluate(run: Path, config: RunConfig, inputs: Inputs, allocation:
     # Evaluate the base. B starts at 0, so that the experts change no answer yet.
     before = None
     if not (run / "before.json").exists():
-        before = score(inputs, "before", config)
+        before = score(inputs, "before", config, plans)
         write_json(run / "before.json", before)
     known = results.read_before(run / "before.json", inputs.encoded)
 
     # Train.
     examples, valid = ([*chain(*split.values())] for split in (inputs.encoded, inputs.valid))
-    if config.patience and not valid:
-        print("there is no validation line, so --patience ends nothing")
     summary = train(inputs.model, examples, config, run, inputs.tokenizer.pad_id,
                     config.resume, valid, bool(config.init))
     seconds["train"] = round(summary["seconds"], 2)
     if summary["step"]:
-        results.draw_losses(run, int(summary["kept"]))
+        results.draw_losses(run, summary["kept"])
+        print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s; "
+              f"{summary['choice']}")
     names = [task.name for task in inputs.tasks]
     save_adapter(inputs.model, run / "adapter", allocation, names)
 
     # Evaluate again, and save what came out.
-    after = score(inputs, "after", config) if summary["step"] or before is None else before
+    after = before if before and not summary["step"] else score(inputs, "after", config, plans)
+    losses, to_try = what_next(run, config, inputs, plans, after)
     results.save_results(run, known, after, {
         "trainable_parameters": trainable, "experts": sum(allocation.experts.values()),
-        "seconds": seconds})
-    if summary["step"]:
-        print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s")
-        if words := what_next(run, config, inputs.model, examples, summary["kept"]):
-            print(words)
+        "kept": summary["choice"], "seconds": seconds}, losses, to_try)
 
 
-def what_next(run: Path, cfg: TrainConfig, model: CausalLM, examples: Sequence[Example],
-              kept: float) -> str:
-    """What to try next; "" if nothing is likely to help. kept: the step whose experts are kept."""
-    if not kept:
-        return "no step did better on validation lines than the experts of --init, which are kept"
-    losses, _ = read_metrics(run / "metrics.jsonl")
-    lr, epochs = default_lr(model), default_epochs(examples)
-    return advice(losses, examples, (cfg.lr or lr, lr), (cfg.epochs or epochs, epochs))
+def what_next(run: Path, config: RunConfig, inputs: Inputs, plans: Mapping[str, TaskPlan],
+              after: Mapping[str, Judgement]) -> tuple[dict[str, float], dict[str, str]]:
+    """By task, the loss of its training lines in the last fifth of the steps, and what to try next.
+    """
+    metrics, usual = read_metrics(run / "metrics.jsonl")[1], default_lr(inputs.model)
+    losses = {name: fifths(name, metrics) for name in plans if any(name in m for m in metrics)}
+    default = plan_tasks([*chain(*inputs.encoded.values())], (), replace(config, epochs=None))
+    return {name: of_task[-1] for name, of_task in losses.items()}, {
+        name: advice(inputs.encoded[name], plans[name], default[name], of_task,
+                     after[name]["loss"], config, usual) for name, of_task in losses.items()}
 
 
 @torch.no_grad()
-def score(inputs: Inputs, when: str, config: RunConfig) -> dict[str, Judgement]:
+def score(inputs: Inputs, when: str, config: RunConfig, plans: Mapping[str, TaskPlan],
+          ) -> dict[str, Judgement]:
     """What the model does with the test lines of each task, with a bar."""
     judgements, fitting = {}, evaluating(config.micro)
     with progress_bar(
             total=sum(len(asked.lines) for asked in inputs.asked.values()), unit="line",
             desc=f"evaluate {when}") as bar:
         for i, (name, asked) in enumerate(inputs.asked.items()):
-            exact = config.limit_test != 0 and (
-                config.exact_match == "on" or config.exact_match == "auto"
-                and are_short([*map(len, asked.answers)]))
-            if when == "before" and not config.init:     # a base that answers right needs no run
-                asked = asked.first(BASE_ANSWERS)
+            exact = config.limit_test != 0 and (config.exact_match == "on" or (
+                config.exact_match == "auto" and plans[name].judged == "answers"))
             shown = len(range(i, SHOWN, len(inputs.asked)))          # of SHOWN among all tasks
             judgements[name] = judge(inputs.model, inputs.tokenizer, asked, inputs.test[name],
                                      exact, shown, fitting, bar.update)

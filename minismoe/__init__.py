@@ -14,7 +14,7 @@ _HOME = {
     "load_tasks": "data.tasks", "encode_all": "data.tasks", "probe_batches": "data.tasks",
     "probe": "method.sensitivity", "allocate": "method.allocate",
     "Allocation": "method.allocate", "add_experts": "method.experts",
-    "train": "training.loop", "TrainConfig": "training.loop", "generate": "training.evaluate",
+    "train": "training.loop", "TrainConfig": "training.plan", "generate": "training.evaluate",
     "export_model": "export.write", "ExportConfig": "export.settings", "Source": "export.settings",
     "Generator": "runtime.generator",
 }

@@ -281,7 +281,7 @@ def examples(count: int = 24) -> list[Example]:
     result = []
     for i in range(count):
         ids = torch.randint(0, 50, (4 + i % 7,), generator=generator).tolist()
-        result.append(Example("ab"[i % 2], ids, [-100, -100, *ids[2:]], i))
+        result.append(Example("ab"[i % 2], ids, [-100, -100, *ids[2:]], i, asked=[1]))
     return result
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..io.flags import above_zero, flag, natural, positive, seed, text, two_names
 from ..method.allocate import STRATEGIES
-from ..training.loop import TrainConfig
+from ..training.plan import ENOUGH, TrainConfig
 
 # Settings of the allocation that have no flag: a file for --allocation may hold them.
 SETTINGS = ("keep", "min_experts", "top_k")
@@ -39,6 +39,10 @@ class InputConfig:
         natural, metavar="N")
     system: str | None = flag(None, "system prompt of the lines that have none; an export begins "
                               "its chats with it", text, metavar="TEXT")
+    keep: str = flag(
+        "best", "which step's experts are kept. best (default): the step that does best on "
+        f"validation lines if each task has {ENOUGH} or more, else the last. last: always the "
+        "last, and no line is held out for it", choices=("best", "last"))
     max_length: int = flag(1024, "longer lines are cut, in training and where their loss is "
                            "measured (default: %(default)s)", positive, metavar="TOKENS")
     seed: int = flag(0, "starts all random choices (default: %(default)s)", seed)
@@ -88,9 +92,8 @@ class RunConfig(InputConfig, AllocationConfig, TrainConfig):
                            metavar="RUN")
     exact_match: str = flag(
         "auto", "whether the model answers all test lines, and answers are compared. auto "
-        "(default): for tasks where nine of ten right answers have at most 32 tokens",
-        choices=("auto", "on", "off"))
+        "(default): of all tasks but free text", choices=("auto", "on", "off"))
     init: str | None = flag(
         None, "begin with the experts of RUN, its model and system prompt and, unless --data names "
         "others, its lines; with --epochs 0 they are only judged", text, metavar="RUN")
-    resume: bool = flag(False, "go on with the run in --out, from its newest checkpoint")
+    resume: bool = flag(False, "go on with the run in --out, from its checkpoint")

@@ -16,9 +16,9 @@ from ..data import toy
 from ..data.files import WORDS
 from ..data.lines import with_system
 from ..data.tasks import (
+    HELD_OUT,
     Example,
     Task,
-    are_short,
     encode,
     encode_all,
     hold_out_validation,
@@ -31,6 +31,7 @@ from ..method.loss import IGNORE
 from ..model.checkpoint import load_model, read_config
 from ..model.decoder import CausalLM, meta_model
 from ..training.evaluate import Questions, questions
+from ..training.plan import ENOUGH, can_match
 from .flags import InputConfig
 
 Config = TypeVar("Config", bound=InputConfig)
@@ -111,23 +112,31 @@ def load_inputs(config: InputConfig, quiet: bool = False) -> Inputs:
     context = read_config(folder)[0].max_position_embeddings
     length = min(config.max_length, context)
     train = {t.name: encode_all(t, tokenizer, length) for t in tasks}
-    for task in tasks:                       # what is short counts tokens, so it is known only now
-        if not task.has_valid and not are_short([e.supervised for e in train[task.name]]):
-            hold_out_validation(task, config.seed)
-            train[task.name] = encode_all(task, tokenizer, length)
+    if empty := [name for name, examples in train.items() if not examples]:
+        raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
+                         f"{length} tokens (--max-length, or what the model was made for)")
+    for task in held_out_of(tasks, train) if config.keep == "best" else ():
+        hold_out_validation(task, config.seed)
+        train[task.name] = encode_all(task, tokenizer, length)
     asked = {split: {t.name: leave_out_long(t, split, tokenizer, context) for t in tasks}
              for split in ("valid", "test")}
     valid, test = ({t.name: encode_all(t, tokenizer, length, split) for t in tasks}
                    for split in ("valid", "test"))
-    if empty := [name for name, examples in train.items() if not examples]:
-        raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
-                         f"{length} tokens (--max-length, or what the model was made for)")
     model = load_base(config, folder)
     if not quiet:
         print_model(model, config)
         print_data(tokenizer, tasks, train, valid, test)
     return Inputs(folder, model, tokenizer, tasks, train, valid, test,
                   asked["test" if config.limit_test != 0 else "valid"])
+
+
+def held_out_of(tasks: Sequence[Task], train: Mapping[str, Sequence[Example]]) -> list[Task]:
+    """The tasks of free text that validation lines are held out of; none if not each task then has
+    enough of them to say which step is best."""
+    open_text = [task for task in tasks if not (task.has_valid or can_match(train[task.name]))]
+    counts = [HELD_OUT * len(task.train) if task in open_text else len(task.valid)
+              for task in tasks]
+    return open_text if min(counts) >= ENOUGH else []
 
 
 def leave_out_long(task: Task, split: str, tokenizer: Tokenizer, context: int) -> Questions:

@@ -1,6 +1,5 @@
 """What a run reached: before.json, after.json, results.json and loss.svg, and their tables."""
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -9,8 +8,7 @@ from typing import Any
 from ..io import files
 from ..io.drawing import loss_svg
 from ..io.text import clean, clip, table
-from ..training.evaluate import Accuracy
-from ..training.judge import Judgement
+from ..training.evaluate import Accuracy, Judgement
 from ..training.verdict import read_metrics
 from .inputs import Inputs
 from .runs import saved_config
@@ -57,8 +55,12 @@ def results_json(before: Mapping[str, Judgement], after: Mapping[str, Judgement]
 
 
 def save_results(run: Path, before: Mapping[str, Judgement], after: Mapping[str, Judgement],
-                 facts: Mapping[str, Any]) -> None:
-    """Write after.json and results.json; print the tables of results, and the sample answers."""
+                 facts: Mapping[str, Any], train_loss: Mapping[str, float],
+                 to_try: Mapping[str, str]) -> None:
+    """Write after.json and results.json; print one table of results, and the sample answers.
+
+    train_loss and to_try: by task, the loss of training lines at the end, and what to try next.
+    """
     results, answers = results_json(before, after, facts), dict[str, Any]()
     for name, trained in after.items():
         samples = [{"prompt": old["prompt"], "expected": old["expected"], "before": old["given"],
@@ -67,29 +69,38 @@ def save_results(run: Path, before: Mapping[str, Judgement], after: Mapping[str,
         answers[name] = trained | {"samples": samples}
     files.write_json(run / "after.json", answers)
     files.write_json(run / "results.json", results)
-    rows = [[name, *(f"{math.exp(min(t['loss'][when], 99)):.2f}" for when in ("before", "after")),
-             f"{t['token_accuracy']['before']:.3f}", f"{t['token_accuracy']['after']:.3f}"]
-            for name, t in results["tasks"].items() if t["loss"]["after"] is not None]
-    if rows:
-        print(table(["test lines", "perplexity before", "after", "token accuracy before", "after"],
-                    rows))
-    rows = [[name, f"{t['before']:.3f}", f"{t['after']:.3f}",
-             "{:.3f} to {:.3f}".format(*t["interval"]), t["examples"]]
-            for name, t in results["tasks"].items() if "after" in t]
-    if mean := results["mean"]:
-        rows.append(["mean", f"{mean['before']:.3f}", f"{mean['after']:.3f}", "", ""])
-        print(table(["exact match", "before", "after", "95 % interval", "answers"], rows))
+    print(results_table(results, train_loss))
+    for name, hint in to_try.items():
+        if hint:
+            print(f"{clean(name)}: try {hint}" if hint[0] in "-a" else f"{clean(name)}: {hint}")
     for name, content in answers.items():
         for sample in content["samples"]:
             print(f"{clean(name)}: " + "\n  ".join(
                 f"{kind + ':':9} {clip(clean(' '.join(sample[kind].split())), 100)}"
                 for kind in sample))
-    others = ", and which others are wrong" if mean else ""
+    others = ", and which others are wrong" if results["mean"] else ""
     print(f"after.json holds these answers{others}")
+
+
+def results_table(results: Mapping[str, Any], train_loss: Mapping[str, float]) -> str:
+    """By task: losses of training lines at the end and of test lines; and, of the same test lines,
+    token accuracy, and exact match before and after with its 95 % interval."""
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    rows = [[name, number(train_loss.get(name)), number(t["loss"]["before"]),
+             number(t["loss"]["after"]), number(t["token_accuracy"]["after"]),
+             number(t.get("before")), number(t.get("after")),
+             "{:.3f} to {:.3f}".format(*t["interval"]) if "interval" in t else "",
+             t.get("examples", "")] for name, t in results["tasks"].items()]
+    if mean := results["mean"]:
+        rows.append(["mean", *[""] * 4, number(mean["before"]), number(mean["after"]), "", ""])
+    return table(["task", "training loss", "test loss before", "after", "token accuracy",
+                  "exact match before", "after", "95 % interval", "answers"], rows)
 
 
 def draw_losses(run: Path, kept: int) -> None:
     """Write loss.svg, the picture of metrics.jsonl, with a mark at the step `kept`."""
-    losses, valid = read_metrics(run / "metrics.jsonl")
+    losses, _, valid = read_metrics(run / "metrics.jsonl")
     with files.replacing(run / "loss.svg") as tmp:
         tmp.write_text(loss_svg(dict(enumerate(losses, 1)), valid, kept), encoding="utf-8")

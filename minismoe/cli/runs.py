@@ -17,7 +17,7 @@ from ..io.flags import as_flags, from_flags, new_parser, option, wrong_value
 from ..io.text import clean
 from ..method.allocate import Allocation
 from ..model.checkpoint import versions
-from ..training.loop import TrainConfig
+from ..training.plan import TaskPlan, TrainConfig
 from .flags import CHOOSING, AllocationConfig, InputConfig, RunConfig
 from .inputs import Inputs
 from .probing import read_allocation
@@ -25,11 +25,11 @@ from .script import command, working_in
 
 # Flags that a resumed run may change; of UPDATED, its config.json then holds the new values.
 ROUNDING = ("device", "micro_batch_size")    # these change the order of sums
-UPDATED = ("model", "data", "checkpoint_every", "patience", "recompute", *ROUNDING)
+UPDATED = ("model", "data", "checkpoint_every", "recompute", *ROUNDING)
 RESUMABLE = ("out", "resume", "debug", "show", *UPDATED)
 # Flags that export.py takes over from a run.
 EXPORTED = ("model", "data", "columns", "only_tasks", "system", "limit_train", "limit_test",
-            "max_length", "seed")
+            "keep", "max_length", "seed")
 
 
 def configure(argv: Sequence[str], description: str | None) -> RunConfig:
@@ -163,7 +163,8 @@ def read_run(run: Path) -> InputConfig:
     return InputConfig(**{name: saved[name] for name in (*EXPORTED, "dtype")})
 
 
-def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation) -> None:
+def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation,
+                 plans: Mapping[str, TaskPlan]) -> None:
     """Write config.json, which makes a folder a run; of a resumed run, with its new flags.
 
     What may change the last bits of a resumed run is told on stderr. Raises ValueError that lists
@@ -171,6 +172,7 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
     """
     now: dict[str, Any] = {
         "format": "minismoe.run/1", "arguments": as_flags(config),
+        "plan": {task: vars(plan) for task, plan in plans.items()},
         "identity": inputs.identity | {
             "the allocation": files.sha256_of_json(allocation.to_json())[:16]},
         "versions": versions(), "machine": platform.platform(), "threads": torch.get_num_threads()}

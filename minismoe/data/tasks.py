@@ -25,7 +25,6 @@ from .tokenizer import Message, Tokenizer
 MOST_CHOICES = 300               # answers of a task that are still a small set
 HELD_OUT = 0.1                   # share of the training lines, for a split that has no file
 MOST_TESTED, MOST_VALIDATED = 1000, 64       # lines of that share; validation is read many times
-SHORT, MOST_SHORT = 32, 0.9      # see `are_short`
 WORD = re.compile(r"\w+")
 Batch = tuple[Tensor, Tensor, Tensor]        # input_ids, attention_mask, labels, each (B, T)
 
@@ -155,14 +154,8 @@ def hold_out_validation(task: Task, seed: int) -> None:
     count = len(task.train)
     task.valid = hold_out(task.train, f"{seed} {task.name} valid", 0, MOST_VALIDATED)
     task.train = without(task.train, task.valid)
-    task.notes.append(f"no valid.jsonl, and long answers: {len(task.valid)} of {count} training "
-                      "lines held out")
-
-
-def are_short(lengths: Sequence[int]) -> bool:
-    """Whether MOST_SHORT of the answers, of so many tokens each, have at most SHORT tokens. Short
-    answers are right or wrong; free text is judged by its loss."""
-    return sum(length <= SHORT for length in lengths) >= MOST_SHORT * len(lengths)
+    task.notes.append(f"no valid.jsonl, and free text: {len(task.valid)} of {count} training lines "
+                      "held out")
 
 
 def without(lines: Sequence[list[Message]], others: Iterable[list[Message]]) -> list[list[Message]]:

@@ -15,7 +15,7 @@ from typing import Any
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
           if hasattr(signal, name)]
 # Temporary files that a killed process leaves in a run.
-LEFTOVERS = (".*.json.*.tmp", ".*.svg.*.tmp", "adapter/.*.tmp", "checkpoints/.*.tmp")
+LEFTOVERS = (".*.json.*.tmp", ".*.svg.*.tmp", "adapter/.*.tmp", ".checkpoint.*.tmp")
 
 
 class Interrupted(KeyboardInterrupt):

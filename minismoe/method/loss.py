@@ -21,20 +21,20 @@ class _HeadLoss(torch.autograd.Function):
 
         logits = hidden @ head.T;  losses = logits.logsumexp(-1) - logits[targets]
 
-    The gradient is that of smoothed targets, if `smoothing` says so: 1 - smoothing for the target
+    The gradient is that of smoothed targets, by `smoothing` (S,): 1 - smoothing for the target
     itself, and smoothing / V for each token. Compared in tests/method/test_loss.py::
     test_equals_cross_entropy_of_full_logits.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, smoothing: float,
-                ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor,
+                smoothing: Tensor | None) -> Tensor:
         """Returns losses (S,); keeps the gradient (S, D) of hidden for the backward."""
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = _by_chunks(hidden, head, targets, gradient, smoothing)
         if gradient is not None:
-            if smoothing:
-                gradient -= smoothing * head.mean(0)
+            if smoothing is not None:
+                gradient -= smoothing[:, None].to(head.dtype) * head.mean(0)
             ctx.save_for_backward(gradient)
         return losses
 
@@ -46,7 +46,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _by_chunks(hidden: Tensor, head: Tensor, targets: Tensor, gradient: Tensor | None = None,
-               smoothing: float = 0.0, likeliest: Tensor | None = None) -> Tensor:
+               smoothing: Tensor | None = None, likeliest: Tensor | None = None) -> Tensor:
     """Losses (S,), by CHUNK logits; fills the gradient (S, D) of hidden, without the part that all
     positions share, and whether each target is the likeliest token, (S,)."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -60,16 +60,18 @@ def _by_chunks(hidden: Tensor, head: Tensor, targets: Tensor, gradient: Tensor |
         if likeliest is not None:
             likeliest[part] = log_q.argmax(-1) == target[:, 0]
         if gradient is not None:             # q - target, but for smoothing / V everywhere
-            log_q.exp_().scatter_add_(1, target, torch.full_like(
-                target, smoothing - 1, dtype=dtype))
+            kept = torch.ones_like(losses[part]) if smoothing is None else 1 - smoothing[part]
+            log_q.exp_().scatter_add_(1, target, -kept[:, None].to(dtype))
             gradient[part] = log_q.to(head.dtype) @ head
         del log_q                            # before the next chunk's is computed
     return losses
 
 
-def head_losses(hidden: Tensor, head: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+def head_losses(hidden: Tensor, head: Tensor, targets: Tensor, smoothing: Tensor | None = None,
+                ) -> Tensor:
     """Cross-entropy (S,) of hidden states (S, D) under a head (V, D); targets are (S,). Under a
-    frozen head, the gradient is that of smoothed targets (Szegedy et al. 2016, arXiv 1512.00567).
+    frozen head, the gradient is that of targets that are smoothed by `smoothing` (S,), each by its
+    own (Szegedy et al. 2016, arXiv 1512.00567).
     """
     if head.requires_grad and torch.is_grad_enabled():       # the head itself is being trained
         logits = F.linear(hidden, head)

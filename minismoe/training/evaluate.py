@@ -1,9 +1,10 @@
-"""Greedy completion with the KV cache, exact match of each task, and the loss of unseen lines."""
+"""How well a model does on unseen lines: loss, completion with the KV cache, exact match."""
 
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -16,11 +17,16 @@ from ..data.tokenizer import Message, Tokenizer
 from ..io.files import naming
 from ..io.progress import print_above_bar
 from ..io.text import out_of_memory
-from ..method.loss import head_scores, supervised_tokens
+from ..method.loss import head_scores, supervised_tokens, to_device
 from ..model.decoder import CausalLM
 from ..model.tokens import Cache, Tokens, to_device_together
 
 Result = TypeVar("Result")
+# As before.json and after.json hold it: "loss" (nats, the mean over the supervised tokens of test
+# lines) and "token_accuracy", None without a test line; "samples", each of prompt, expected and
+# given; and, if answers were generated, what `Accuracy` has.
+Judgement = dict[str, Any]
+SHOWN, LONGEST_SHOWN = 5, 64         # prompts whose answers are shown, and tokens of such an answer
 
 
 class HalvingBatch:
@@ -100,25 +106,37 @@ def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], limits: S
     return answers
 
 
-def supervised(model: CausalLM, examples: Sequence[Example], pad_id: int, recompute: bool = False,
-               prompts: bool = False) -> tuple[Tensor, Tensor, Tensor, Tokens]:
-    """Run a model, without its head, on some examples of S supervised tokens in all; with
-    `prompts`, S counts the other tokens, too. A prefix that neighbouring examples share is computed
-    once. Nothing waits for the device.
+class Supervised(NamedTuple):
+    """What a model computes of the tokens of some examples that count in a loss, S in all."""
 
-    Returns hidden states (S, D) of the tokens before these, their targets (S,), the number of each
-    one's example (S,), where len(examples) stands for tokens that are not supervised, and all
-    tokens of the examples, packed.
+    hidden: Tensor           # (S, D) states of the tokens before these
+    targets: Tensor          # (S,) these
+    numbers: Tensor          # (S,) of each one's example; len(examples) if it is no supervised one
+    weights: Tensor          # (S,) how much it counts, of all examples that share it
+    repeats: Tensor          # (S,) how many these are
+    tokens: Tokens           # all tokens of the examples, packed
+
+
+def supervised(model: CausalLM, examples: Sequence[Example], pad_id: int, recompute: bool = False,
+               weights: Tensor | None = None) -> Supervised:
+    """Run a model, without its head, on some examples. A prefix that neighbouring examples share is
+    computed once. Nothing waits for the device.
+
+    weights (B, T): how much each token counts; without, the supervised ones count 1.
     """
     ids, mask, labels = collate(examples, pad_id)
     needed, device = supervised_tokens(mask, labels)[0], model.lm_head.weight.device
-    followed = mask.bool() & F.pad(mask[:, 1:].bool(), (0, 1))
-    tokens = Tokens(ids, mask, model.config, device, needed, read=followed if prompts else needed)
+    weights = needed.float() if weights is None else F.pad(weights[:, 1:], (0, 1))     # of targets
+    counts = weights > 0
+    tokens = Tokens(ids, mask, model.config, device, needed, read=counts | needed)
     rows, columns = tokens.places
     there = to_device_together({
         "targets": ids[rows, columns + 1],
         "numbers": rows.where(needed[rows, columns], len(examples))}, device)
-    return model.model.rows(tokens, recompute), there["targets"], there["numbers"], tokens
+    weights = to_device(weights.flatten(), device)
+    weights = weights.new_zeros(len(tokens.ids)).index_add(0, tokens.sources, weights)
+    return Supervised(model.model.rows(tokens, recompute), there["targets"], there["numbers"],
+                      weights[tokens.read], tokens.repeats[tokens.read], tokens)
 
 
 class TokenScores(NamedTuple):
@@ -137,10 +155,10 @@ def token_scores(model: CausalLM, examples: Sequence[Example], pad_id: int, batc
     def sums(batch: Sequence[int]) -> tuple[float, int, int, int]:
         # Sorted rows put shared prefixes side by side.
         lines = sorted((examples[n] for n in batch), key=lambda e: e.ids)
-        hidden, targets, numbers, _ = supervised(model, lines, pad_id)
-        losses, right = head_scores(hidden, model.lm_head.weight, targets)
-        wrong = len({*numbers[~right].tolist()})
-        return losses.sum().item(), int(right.sum()), len(targets), len(lines) - wrong
+        found = supervised(model, lines, pad_id)
+        losses, right = head_scores(found.hidden, model.lm_head.weight, found.targets)
+        wrong = len({*found.numbers[~right].tolist()})
+        return losses.sum().item(), int(right.sum()), len(found.targets), len(lines) - wrong
 
     batches = alike([len(e.ids) for e in examples], batch_size)
     losses, rights, counts, lines = map(sum, zip(*map(sums, batches)))
@@ -176,10 +194,6 @@ class Questions(NamedTuple):
     lines: list[list[Message]]
     prompts: list[list[int]]         # tokens before the last answer
     answers: list[list[int]]         # tokens of that answer, without stop ids
-
-    def first(self, count: int) -> "Questions":
-        """The first `count` of them."""
-        return Questions(self.lines[:count], self.prompts[:count], self.answers[:count])
 
     @property
     def limits(self) -> list[int]:
@@ -228,3 +242,27 @@ def exact_match(tokenizer: Tokenizer, asked: Questions, complete: Callable[
             wrong.append({"prompt": messages[-2].get("content", ""), "expected": wanted,
                           "given": given})
     return Accuracy(sum(right), len(right), wrong, right)
+
+
+def judge(model: CausalLM, tokenizer: Tokenizer, asked: Questions, examples: Sequence[Example],
+          exact: bool, shown: int, fitting: HalvingBatch,
+          progress: Callable[[int], Any] = lambda lines: None) -> Judgement:
+    """Judge `model` by the loss of a task's test lines, as examples; with `exact`, by its answers
+    to what is asked, too, of which the first `shown` are kept as samples."""
+    samples, loss, right = [], None, None
+    if prompts := asked.prompts[:shown]:
+        limit = min(LONGEST_SHOWN, model.config.max_position_embeddings - max(map(len, prompts)))
+        for messages, answer, given in zip(asked.lines, asked.answers, fitting(partial(
+                generate, model, prompts, limit, tokenizer.stop_ids))):
+            samples.append({"prompt": messages[-2].get("content", ""),
+                            "expected": tokenizer.decode(answer).strip(),
+                            "given": tokenizer.decode(given).strip()})
+    if examples:
+        loss, right = (round(figure, 5) for figure in fitting(partial(
+            token_scores, model, examples, tokenizer.pad_id))[:2])
+    accuracy = {}
+    if exact:
+        accuracy = vars(fitting(lambda size: evaluate(model, tokenizer, asked, size, progress)))
+    else:
+        progress(len(asked.lines))
+    return {"loss": loss, "token_accuracy": right, **accuracy, "samples": samples}

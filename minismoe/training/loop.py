@@ -5,110 +5,72 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median_low
+from statistics import fmean, median_low
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from ..data.tasks import Example, are_short, bucket
-from ..io import flags
-from ..io.flags import flag
-from ..io.progress import print_above_bar, progress_bar
+from ..data.tasks import Example
+from ..io.progress import progress_bar
 from ..io.signals import Interrupted, waiting
 from ..io.text import duration
 from ..method.experts import balance_loss, expert_layers, expert_parameters, take_logits
-from ..method.loss import head_losses
+from ..method.loss import IGNORE, head_losses, to_device
 from ..model.decoder import CausalLM
 from ..model.tokens import to_device_together
 from .evaluate import HalvingBatch, evaluating, supervised, token_scores
+from .plan import ENOUGH, TaskPlan, TrainConfig, by_task, plan_tasks, planned_batches
 from .resume import TrainingState, first_state, save_checkpoint
-from .schedule import defaults, learning_rate
+from .schedule import default_lr, learning_rate
 
 MEASURES = 10                 # of validation lines in a run
-ENOUGH = 50                   # validation lines with short answers that can tell steps apart
 REMEDY = "try a lower --lr, or --dtype float32"
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How experts are trained; with data, model and allocation it determines the result."""
-
-    epochs: int | None = flag(None, "passes over the training lines (default: it follows their "
-                              "number, and is printed)", flags.natural, metavar="N")
-    batch_size: int = flag(
-        8, "examples per optimizer step (default: %(default)s)", flags.positive, metavar="N")
-    micro_batch_size: int | None = flag(
-        None, "examples computed at once; fewer need less memory (default: --batch-size)",
-        flags.positive, metavar="N")
-    recompute: bool = flag(
-        False, "activation checkpointing: about a third slower, far less memory for long examples")
-    lr: float | None = flag(None, "peak learning rate, after a warm-up; a cosine takes it to 0 "
-                            "(default: it follows the size of the base's weights)", flags.number)
-    checkpoint_every: int = flag(
-        200, "optimizer steps (default: %(default)s)", flags.positive, metavar="N")
-    keep: str = flag(
-        "best", "which step's experts are kept. best (default): with short answers, the step with "
-        f"most right answers to validation lines, if there are {ENOUGH} or more; with long "
-        "answers, the step with the least loss of them; else the last step. last: always the last",
-        choices=("best", "last"))
-    patience: int | None = flag(
-        None, "end after N measures of validation lines without a better one (default: never)",
-        flags.positive, metavar="N")
-    seed: int = 0
-    # Without a flag:
-    max_grad_norm: float = 1.0           # gradients are clipped to this norm
-    router_aux_loss_coef: float = 0.01   # weight of the balance loss
-    prompt_loss_weight: float | None = None      # see `default_prompt_loss_weight`
-    label_smoothing: float | None = None         # see `default_smoothing`
-
-    @property
-    def micro(self) -> int:
-        """Examples computed at once."""
-        return min(self.micro_batch_size or self.batch_size, self.batch_size)
-
 
 Settings = TypeVar("Settings", bound=TrainConfig)
 
 
-def with_defaults(cfg: Settings, model: CausalLM, examples: Sequence[Example]) -> Settings:
-    """The same with numbers, from schedule.py, for what the model and the lines decide. Raises
-    ValueError for a model without experts."""
+def with_rate(cfg: Settings, model: CausalLM) -> Settings:
+    """The same with a learning rate. Raises ValueError for a model without experts."""
     if not expert_layers(model):
         raise ValueError("the model has no experts to train: call add_experts first")
-    return replace(cfg, **{name: number for name, number in defaults(model, examples).items()
-                           if getattr(cfg, name) is None})
+    return cfg if cfg.lr is not None else replace(cfg, lr=default_lr(model))
 
 
-def all_batches(examples: Sequence[Example], cfg: TrainConfig) -> list[list[Example]]:
-    """The batches of all epochs, a number; a resumed run computes the same ones."""
-    return [batch for epoch in range(cfg.epochs or 0)
-            for batch in bucket(examples, cfg.batch_size, cfg.seed * 1000 + epoch)]
+def loss_weights(examples: Sequence[Example], shares: Mapping[str, float]) -> Tensor:
+    """How much each token (B, T) counts in the loss: 1 in an answer, prompt_weight where a user
+    wrote it, times the share of its task."""
+    rows = list[Tensor]()
+    for e in examples:
+        row = torch.tensor([float(label != IGNORE) for label in e.labels])
+        row[e.asked] = e.prompt_weight
+        rows.append(row * shares[e.task])
+    return pad_sequence(rows, batch_first=True)
 
 
 class Trainer:
     """The experts of a model, which are trained in place, and their optimizer.
 
-    valid: validation examples. fitting, evaluating: how many examples are computed at once. best:
-    the experts that do best on `valid`, by name. Raises ValueError for a model without a parameter
-    to train.
+    valid: validation examples, of tasks with these plans. fitting, evaluating: how many examples
+    are computed at once. best: the experts that do best on `valid`, by name; empty if the last are
+    kept. Raises ValueError for a model without a parameter to train.
     """
 
     def __init__(self, model: CausalLM, cfg: TrainConfig, pad_id: int,
-                 valid: Sequence[Example] = ()):
-        self.model, self.cfg, self.pad_id, self.valid = model, cfg, pad_id, valid
-        # Of short answers, the loss rises by overconfidence while more of them become right.
-        self.by_answers = are_short([e.supervised for e in valid])
-        self.chooses = cfg.keep == "best" and (len(valid) >= ENOUGH or not self.by_answers)
+                 valid: Sequence[Example] = (), plans: Mapping[str, TaskPlan] | None = None):
+        self.model, self.cfg, self.pad_id = model, cfg, pad_id
+        self.valid, self.plans = by_task(valid), plans or {}
+        self.chooses = cfg.keep == "best" and min(
+            (plan.valid for plan in self.plans.values()), default=0) >= ENOUGH
         self.fitting, self.evaluating = HalvingBatch(cfg.micro, "training"), evaluating(cfg.micro)
         self.layers, self.device = expert_layers(model), model.lm_head.weight.device
         self.parameters = {n: p for n, p in expert_parameters(model).items() if p.requires_grad}
         self.best: dict[str, Tensor] = {}
-        self.prompt_weight = cfg.prompt_loss_weight or 0.0
         # With a smaller eps, an entry whose gradient is only rounding noise would move by the full
         # rate.
         self.optimizer = torch.optim.AdamW(
@@ -118,30 +80,33 @@ class Trainer:
         """The gradients of one optimizer step, added up in micro-batches of `micro` examples.
 
         Returns the sum of losses of each task, in order of name, and then the loss of prompts and
-        the balance loss. Nothing waits for the device. The loss is the mean over the step's
-        supervised tokens, whatever the micro-batches. The other two are statistics of each
-        micro-batch, weighted by its tokens.
+        the balance loss. Nothing waits for the device. The loss of a task is the mean over the
+        step's supervised tokens, whatever the micro-batches, and each task counts by its lines: so
+        long answers of one do not drown short ones of another. The balance loss is a statistic of
+        each micro-batch, weighted by its tokens.
         """
         self.optimizer.zero_grad()
         take_logits(self.layers)             # they hold the graph of a batch that did not fit
-        sums = list[Tensor]()
-        tasks, answers = sorted({e.task for e in batch}), sum(e.supervised for e in batch)
+        sums, tasks = list[Tensor](), sorted(lines := by_task(batch))
+        shares = {task: len(of_task) / len(batch) / sum(e.supervised for e in of_task)
+                  for task, of_task in lines.items()}
         for i in range(0, len(batch), micro):
             # Sorted rows put shared prefixes side by side.
             part = sorted(batch[i:i + micro], key=lambda e: e.ids)
             task = torch.tensor([*(tasks.index(e.task) for e in part), len(tasks)])      # prompts
             task = to_device_together({"": task}, self.device)[""]
-            hidden, targets, numbers, tokens = supervised(
-                self.model, part, self.pad_id, self.cfg.recompute, prompts=self.prompt_weight > 0)
-            losses = head_losses(hidden, self.model.lm_head.weight, targets,
-                                 self.cfg.label_smoothing or 0.0)
-            by_task = losses.new_zeros(len(tasks) + 1).index_add(
-                0, task[numbers], losses * tokens.repeats[tokens.read])
-            balance = balance_loss(take_logits(self.layers), tokens.repeats)
+            smoothing = to_device(torch.tensor([*(e.smoothing for e in part), 0.0]), self.device)
+            found = supervised(self.model, part, self.pad_id, self.cfg.recompute,
+                               loss_weights(part, shares))
+            losses = head_losses(found.hidden, self.model.lm_head.weight, found.targets,
+                                 smoothing[found.numbers])
+            sums_by_task = losses.new_zeros(len(tasks) + 1).index_add(
+                0, task[found.numbers], losses.detach() * found.repeats)
+            balance = balance_loss(take_logits(self.layers), found.tokens.repeats)
             balance = balance * (sum(len(e.ids) for e in part) / sum(len(e.ids) for e in batch))
-            loss = (by_task[:-1].sum() + self.prompt_weight * by_task[-1]) / answers
+            loss = (losses * found.weights).sum()
             (loss + self.cfg.router_aux_loss_coef * balance).backward()
-            sums.append(torch.cat([by_task.detach(), balance.detach()[None]]))
+            sums.append(torch.cat([sums_by_task, balance.detach()[None]]))
         return torch.stack(sums).sum(0)
 
     def step(self, number: int, batch: Sequence[Example], lr: float) -> dict[str, Any]:
@@ -163,32 +128,33 @@ class Trainer:
                 f"the training lines {lines} (counted as --show prints them): {REMEDY}")
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
-        of_prompts = prompts / max(1, tokens - len(batch) - answers.total())
+        asked = sum(len(e.asked) for e in batch if e.prompt_weight)
         return {"step": number + 1, "loss": round(loss, 5), "balance": round(balance, 5),
-                **({"prompt_loss": round(of_prompts, 5)} if self.prompt_weight else {}),
+                **({"prompt_loss": round(prompts / asked, 5)} if asked else {}),
                 "tokens": tokens, "loss_by_task": {
                     task: round(total / answers[task], 5)
                     for task, total in zip(sorted(answers), by_task)},
                 "grad_norm": round(norm, 5), "lr": lr,
                 "tokens_per_second": round(tokens / (time.perf_counter() - start), 1)}
 
-    def validate(self, step: int, state: TrainingState) -> dict[str, float]:
-        """The mean loss of validation examples after so many steps, and how many have a right
-        answer. `state` notes the best step, the later one of equals, and how many measures were
-        worse since; `best` holds its experts."""
-        loss, _, right = self.evaluating(partial(
-            token_scores, self.model, self.valid, self.pad_id))
-        merit = right if self.by_answers else -loss
-        state["since_best"] += 1
+    def validate(self, step: int, state: TrainingState) -> dict[str, Any]:
+        """The loss of validation examples after so many steps, and how many have a right answer, by
+        task. `state` notes the best step, the later one of equals; `best` holds its experts.
+
+        A task that is judged by answers does as well as the share of right ones; another as the
+        likelihood of a token, exp(-loss). The best step has the best mean over tasks.
+        """
+        scores = {task: self.evaluating(partial(token_scores, self.model, lines, self.pad_id))
+                  for task, lines in self.valid.items()}
+        merit = fmean(found.lines / len(self.valid[task]) if self.plans[task].judged == "answers"
+                      else math.exp(-found.loss) for task, found in scores.items())
         if merit >= state["best"]:
-            state |= {"best": merit, "best_step": step, "since_best": 0}
+            state |= {"best": merit, "best_step": step}
             if self.chooses:
                 self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
-        return {"valid_loss": round(loss, 5), "valid_right": right}
-
-    def gives_up(self, state: TrainingState) -> bool:
-        """Whether as many measures as --patience says have passed without a better one."""
-        return bool(self.cfg.patience and state["since_best"] >= self.cfg.patience)
+        return {"valid_loss": round(fmean(found.loss for found in scores.values()), 5),
+                "valid_loss_by_task": {t: round(found.loss, 5) for t, found in scores.items()},
+                "valid_right_by_task": {task: found.lines for task, found in scores.items()}}
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: the experts, the best ones, and what AdamW holds for each."""
@@ -229,8 +195,16 @@ class Trainer:
             usual, begun = batches[first + sizes.index(median_low(sizes))], time.perf_counter()
             self.fitting(partial(self.gradients, usual)).tolist()        # waits for the device
             seconds = (time.perf_counter() - begun) * sum(sizes) / median_low(sizes)
-        print(f"training: {len(batches)} steps of {self.cfg.batch_size} lines, "
-              f"{self.cfg.epochs} passes over all: about {duration(seconds)}")
+        print(f"training: {len(batches)} steps of {self.cfg.batch_size} lines: about "
+              f"{duration(seconds)}")
+
+    def choice(self, state: TrainingState, steps: int) -> str:
+        """Which step's experts are kept, and by what, in words."""
+        if not self.best:
+            return f"kept the last step, {state['step']}"
+        by = " and ".join(sorted({plan.judged for plan in self.plans.values()}))
+        return (f"kept step {state['best_step']} of {steps}, by the {by} of {ENOUGH} or more "
+                "validation lines a task")
 
     def finish(self) -> None:
         """Put the best experts in place, if they are kept, and drop gradients."""
@@ -241,15 +215,17 @@ class Trainer:
 
 def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: Path, pad_id: int,
           resume: bool = False, valid: Sequence[Example] = (), continued: bool = False,
-          ) -> dict[str, float]:
-    """Train the experts of `model` in place; returns steps, tokens, seconds, last loss, kept step.
+          ) -> dict[str, Any]:
+    """Train the experts of `model` in place; returns steps, tokens, seconds, last loss, and which
+    step is kept.
 
-    Writes run/checkpoints and run/metrics.jsonl. Experts that were trained before (continued) are
-    measured first, as they may be the best. Raises Interrupted after a signal, once the step is
-    saved; ValueError for another run's checkpoint; ArithmeticError for a loss not finite."""
-    cfg = with_defaults(cfg, model, examples)
-    batches, peak = all_batches(examples, cfg), cfg.lr or 0.0
-    trainer = Trainer(model, cfg, pad_id, valid)
+    Writes run/checkpoint.safetensors and run/metrics.jsonl. Experts that were trained before
+    (continued) are measured first, as they may be the best. Raises Interrupted after a signal, once
+    the step is saved; ValueError for a damaged checkpoint or another run's; ArithmeticError for a
+    loss that is not finite."""
+    cfg, plans = with_rate(cfg, model), plan_tasks(examples, valid, cfg)
+    batches, peak = planned_batches(examples, plans, cfg), cfg.lr or 0.0
+    trainer = Trainer(model, cfg, pad_id, valid, plans)
     state = trainer.begin(run, batches, resume, continued)
     steps, first, every = len(batches), state["step"], math.ceil(len(batches) / MEASURES)
     trainer.announce(batches, first)
@@ -259,22 +235,17 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
           waiting() as signals):
         begun, note = time.perf_counter() - state["seconds"], ""
         for step in bar:
-            if trainer.gives_up(state):
-                print_above_bar(f"ended after step {step} by --patience")
-                break
             lr, done = learning_rate(step, steps, peak), step + 1
             line = trainer.step(step, batches[step], lr)
             if valid and (done % every == 0 or done == steps):
                 line |= trainer.validate(done, state)
-                right = f", {line['valid_right']} of {len(valid)} right" * trainer.by_answers
-                note = f", validation {line['valid_loss']:.3f}{right}"
+                note = f", validation {line['valid_loss']:.3f}"
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()
             state |= {"step": done, "tokens": state["tokens"] + line["tokens"],
                       "seconds": time.perf_counter() - begun, "loss": line["loss"],
                       "metrics": os.fstat(metrics.fileno()).st_size}
-            due = done % cfg.checkpoint_every == 0 or done == steps
-            if due or signals or trainer.gives_up(state):
+            if done % cfg.checkpoint_every == 0 or done == steps or signals:
                 os.fsync(metrics.fileno())           # a checkpoint counts on the lines before it
                 save_checkpoint(run, trainer.tensors(), state)
             bar.set_postfix_str(f"loss {line['loss']:.3f}{note}, {line['tokens_per_second']:.0f} "
@@ -285,5 +256,5 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             raise Interrupted(f"saved after step {state['step']} of {steps}", signals[0])
     trainer.finish()
     return {**{k: state[k] for k in ("step", "tokens", "seconds", "loss")},
-            "kept": state["best_step"] if trainer.best else state["step"]}
-
+            "kept": state["best_step"] if trainer.best else state["step"],
+            "choice": trainer.choice(state, steps)}

@@ -1,26 +1,23 @@
-"""Checkpoints that are whole or not there, and that are checked before training goes on.
+"""The checkpoint of a run: one file, whole or not there, with the state in its metadata.
 
-run/checkpoints/step-NUMBER holds experts.safetensors and state.json, which has the SHA-256 of both.
-The last two are kept: if the newest is damaged, training goes on from the one before. The order of
-the data follows from its seed, and training draws nothing at random, so a checkpoint holds neither.
+The order of the lines follows from their plan and the seed, and training draws nothing at random,
+so a checkpoint holds neither.
 """
 
 import json
 import math
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.tasks import Example
-from ..io.files import read_json, replacing, sha256, sha256_of_json
+from ..io.files import replacing, sha256_of_json
 
-KEPT = 2                                     # checkpoints of a run
-TENSORS = "experts.safetensors"              # see `Trainer.tensors`
+NAME = "checkpoint.safetensors"
 
 
 class TrainingState(TypedDict):
@@ -31,86 +28,47 @@ class TrainingState(TypedDict):
     seconds: float           # that they took
     loss: float              # of the last one; nan before
     metrics: int             # bytes of metrics.jsonl
-    best: float              # right answers to validation lines, or minus their loss, at ...
+    best: float              # what `Trainer.validate` found at ...
     best_step: int           # ... the best step
-    since_best: int          # measures since
     order: str               # hash of the batches
-    layout: str              # hash of the names and shapes of what is trained
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, the newest last."""
-    return sorted((run / "checkpoints").glob("step-????????"))
-
-
-def save_checkpoint(run: Path, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write tensors and `state`, whole or not at all; remove old checkpoints."""
-    folder = run / "checkpoints" / f"step-{state['step']:08d}"
-    shutil.rmtree(folder, ignore_errors=True)
-    with replacing(folder, folder=True) as tmp:
-        with replacing(tmp / TENSORS) as file:           # it names a file that a full disk refuses
-            save_file(tensors, file)
-        state = {**state, "sha256": sha256(tmp / TENSORS)}
-        (tmp / "state.json").write_text(json.dumps(
-            {"state": state, "sha256": sha256_of_json(state)}), encoding="utf-8")
-    for old in checkpoints(run)[:-KEPT]:
-        shutil.rmtree(old)
-
-
-def newest(run: Path) -> tuple[Path, TrainingState] | None:
-    """Folder and state of the newest whole checkpoint, if there is one. Damaged ones are named on
-    stderr and renamed: they would count among the two that are kept."""
-    for folder in reversed(checkpoints(run)):
-        try:
-            return folder, _checked_state(folder)
-        except (AttributeError, FileNotFoundError, KeyError, TypeError, ValueError) as e:
-            damaged = folder.with_name(f"{folder.name}.damaged")
-            shutil.rmtree(damaged, ignore_errors=True)
-            folder.rename(damaged)
-            then = ("going on from the one before" if checkpoints(run) else
-                    "no whole one is left, so it begins anew")
-            print(f"{folder} is damaged ({e}), and now {damaged.name}: {then}", file=sys.stderr)
-    return None
-
-
-def _checked_state(folder: Path) -> TrainingState:
-    """The state of a checkpoint; an exception if a file is missing or not what was written."""
-    saved = read_json(folder / "state.json")
-    if saved["sha256"] != sha256_of_json(saved["state"]):
-        raise ValueError("state.json does not have its checksum")
-    if sha256(folder / TENSORS) != saved["state"]["sha256"]:
-        raise ValueError(f"{TENSORS} does not have its checksum")
-    state: TrainingState = saved["state"]
-    return state
+def save_checkpoint(run: Path, tensors: dict[str, Tensor], state: TrainingState) -> None:
+    """Write tensors and state in place of those of an earlier step, whole or not at all."""
+    with replacing(run / NAME) as file:
+        save_file(tensors, file, {"state": json.dumps(state)})
 
 
 def first_state(run: Path, batches: Sequence[Sequence[Example]], parameters: Mapping[str, Tensor],
                 resume: bool) -> tuple[TrainingState, dict[str, Tensor]]:
-    """The state and tensors to begin with: those of the newest whole checkpoint if the run is
-    resumed, or zeros and no tensor. A run that begins anew loses its old checkpoints.
+    """The state and the tensors to begin with: those of the checkpoint if the run is resumed, or
+    zeros and no tensor. A run that begins anew loses its checkpoint.
 
-    parameters: those that are trained, by name. Raises ValueError if the checkpoint is of other
-    experts or batches, or if the run's metrics.jsonl is shorter than it was.
+    parameters: those that are trained, by name. Raises ValueError if the checkpoint is damaged, or
+    of other experts or batches, or if the run's metrics.jsonl is shorter than it was.
     """
     order = sha256_of_json([[(e.task, e.index) for e in batch] for batch in batches])
-    layout = sha256_of_json([[name, *p.shape] for name, p in parameters.items()])
-    fresh = TrainingState(step=0, tokens=0, seconds=0.0, loss=math.nan, metrics=0,
-                          best=-math.inf, best_step=0, since_best=0, order=order, layout=layout)
+    file, metrics = run / NAME, run / "metrics.jsonl"
     run.mkdir(parents=True, exist_ok=True)
     if not resume:
-        for old in checkpoints(run):
-            shutil.rmtree(old)
-    checkpoint = newest(run) if resume else None
-    if checkpoint is None:
-        return fresh, {}
-    folder, state = checkpoint
-    if state["layout"] != fresh["layout"]:
-        raise ValueError(f"{folder} belongs to another allocation than {run}'s")
-    if state["order"] != fresh["order"]:
-        raise ValueError(f"{folder} was trained on other batches: another data, seed, batch size "
-                         "or number of epochs")
-    metrics = run / "metrics.jsonl"
+        file.unlink(missing_ok=True)
+    if not file.exists():
+        return TrainingState(step=0, tokens=0, seconds=0.0, loss=math.nan, metrics=0,
+                             best=-math.inf, best_step=0, order=order), {}
+    try:
+        with safe_open(file, "pt") as saved:
+            state: TrainingState = json.loads(saved.metadata()["state"])
+            tensors = {name: saved.get_tensor(name) for name in saved.keys()}    # noqa: SIM118
+    except (KeyError, SafetensorError, TypeError, ValueError) as e:
+        raise ValueError(f"{file} is damaged ({e}): remove it, and --resume trains from the first "
+                         "step on") from None
+    if {f"{name}/value": p.shape for name, p in parameters.items()} != {
+            name: tensor.shape for name, tensor in tensors.items() if name.endswith("/value")}:
+        raise ValueError(f"{file} belongs to another allocation than {run}'s")
+    if state["order"] != order:
+        raise ValueError(f"{file} was trained on other batches: another data, seed, batch size or "
+                         "number of passes")
     if (metrics.stat().st_size if metrics.is_file() else 0) < state["metrics"]:
-        raise ValueError(f"{metrics} has not all that it held at {folder.name}: put it back, or "
-                         f"remove {folder.parent} to train again")
-    return state, load_file(folder / TENSORS)
+        raise ValueError(f"{metrics} has not all that it held at step {state['step']}: put it "
+                         f"back, or remove {file} to train again")
+    return state, tensors

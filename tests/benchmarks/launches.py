@@ -35,7 +35,8 @@ from minismoe.method.allocate import Allocation
 from minismoe.method.experts import add_experts, linear_layers
 from minismoe.method.sensitivity import sample_norms
 from minismoe.model.decoder import CausalLM, Config
-from minismoe.training.loop import TrainConfig, Trainer
+from minismoe.training.loop import Trainer
+from minismoe.training.plan import TrainConfig
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view",
         "detach", "_reshape_alias", "lift_fresh", "alias"}

@@ -71,7 +71,7 @@ def predictions(model: Any, source: Source, lines: int) -> list[tuple[Tensor, li
     that follow, for the first test lines of each task."""
     found = []
     for task in source.tasks:
-        _, prompts, rights = questions(source.tokenizer, task, 10 ** 6).first(lines)
+        _, prompts, rights = (part[:lines] for part in questions(source.tokenizer, task, 10 ** 6))
         ends = [[*right, source.tokenizer.end_id] for right in rights]
         for i in range(0, len(prompts), 20):
             part = slice(i, i + 20)

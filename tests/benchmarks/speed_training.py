@@ -22,7 +22,8 @@ from minismoe.model.checkpoint import load_model
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
-from minismoe.training.loop import TrainConfig, Trainer
+from minismoe.training.loop import Trainer
+from minismoe.training.plan import TrainConfig
 
 EXPERTS, RANK, WARM = 8, 8, 2
 Figures = dict[str, float]                   # what a side measures, by name and unit

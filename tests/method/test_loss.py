@@ -70,13 +70,16 @@ def test_equals_cross_entropy_of_full_logits(kind: str, pad: str, chunk: int,
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_smoothed_targets_change_the_gradient_alone() -> None:
+def test_smoothed_targets_change_the_gradient_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token's by its own smoothing."""
+    monkeypatch.setattr("minismoe.method.loss.CHUNK", 3 * V)
     hidden, head = torch.randn(7, D, requires_grad=True), torch.randn(V, D)
-    targets, upstream = torch.arange(7), torch.randn(7)
-    losses = head_losses(hidden, head, targets, smoothing=0.1)
+    targets, upstream, smoothing = torch.arange(7), torch.randn(7), torch.arange(7) / 20
+    losses = head_losses(hidden, head, targets, smoothing)
     torch.testing.assert_close(losses, F.cross_entropy(hidden @ head.T, targets, reduction="none"))
     (found,) = torch.autograd.grad((losses * upstream).sum(), hidden)
-    smooth = F.cross_entropy(hidden @ head.T, targets, reduction="none", label_smoothing=0.1)
+    smooth = torch.stack([F.cross_entropy(logits, target, label_smoothing=share) for logits, target,
+                          share in zip(hidden @ head.T, targets, smoothing.tolist())])
     (wanted,) = torch.autograd.grad((smooth * upstream).sum(), hidden)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 

@@ -20,7 +20,8 @@ from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
 from minismoe.model.decoder import CausalLM
 from minismoe.model.quantize import BlockLinear
 from minismoe.training.evaluate import generate
-from minismoe.training.loop import TrainConfig, Trainer
+from minismoe.training.loop import Trainer
+from minismoe.training.plan import TrainConfig
 
 Make = Callable[[str], tuple[Any, Path]]
 

@@ -1,10 +1,10 @@
-"""Loss and token accuracy beside a plain loop over tokens, and which answers are short."""
+"""Loss and token accuracy beside a plain loop over tokens."""
 
 import pytest
 import torch
 from tiny import save_bytes_model
 
-from minismoe.data.tasks import Example, are_short
+from minismoe.data.tasks import Example
 from minismoe.method.loss import IGNORE
 from minismoe.model.checkpoint import load_model
 from minismoe.training import evaluate
@@ -45,9 +45,3 @@ def test_batches_hold_texts_of_similar_length(monkeypatch, tmp_path) -> None:
                          for i, n in enumerate(lengths)], 0)
     assert seen == [(1, 300), (20, 38), (10, 18), (1, 5)]
     assert alike([3, 4, 4, 4, 2], 2) == [[1, 2], [3, 0], [4]]
-
-
-@pytest.mark.parametrize("lengths, short", [
-    ([5, 5, 60], False), ([5] * 99 + [60], True), ([5] * 9 + [60], True), ([5] * 8 + [60], False)])
-def test_answers_are_short_if_nine_of_ten_are(lengths: list[int], short: bool) -> None:
-    assert are_short(lengths) == short

@@ -15,14 +15,16 @@ import torch.nn.functional as F
 from tiny import examples, interrupt_in, tiny, tiny_config
 
 from minismoe import reference
-from minismoe.data.tasks import Example, bucket, collate
+from minismoe.data.tasks import Example, collate
 from minismoe.io.files import read_json
 from minismoe.method.experts import add_experts, expert_layers, linear_layers
 from minismoe.method.loss import IGNORE
 from minismoe.model.decoder import CausalLM
 from minismoe.training import evaluate as evaluating
+from minismoe.training import plan
 from minismoe.training.evaluate import token_scores
-from minismoe.training.loop import Interrupted, TrainConfig, Trainer, train, with_defaults
+from minismoe.training.loop import Interrupted, Trainer, train
+from minismoe.training.plan import TaskPlan, TrainConfig, plan_tasks, planned_batches
 from minismoe.training.schedule import LR, default_lr, learning_rate
 
 
@@ -75,40 +77,38 @@ def test_the_default_warm_up_has_ten_steps_and_a_share(steps, warm) -> None:
 
 @pytest.mark.parametrize(("weight", "smoothing", "norm_limit"), [
     (0.0, 0.1, 0.21), (0.2, 0.0, 0.26)])
-def test_training_equals_a_plain_loop(tmp_path, weight: float, smoothing: float,
+def test_training_equals_a_plain_loop(tmp_path, monkeypatch, weight: float, smoothing: float,
                                       norm_limit: float) -> None:
-    """Whole logits, `reference.balance_loss`, clipping, AdamW and the rate, step by step."""
-    cfg = TrainConfig(epochs=2, batch_size=6, micro_batch_size=4, lr=0.02, seed=3,
-                      max_grad_norm=norm_limit, router_aux_loss_coef=0.3,
-                      prompt_loss_weight=weight, label_smoothing=smoothing)
+    """Whole logits, `reference.balance_loss`, clipping, AdamW and the rate, step by step. A task
+    counts by its lines, a user's token at most `weight` times as much as one of an answer."""
+    monkeypatch.setattr(plan, "SMOOTHING", smoothing)
+    cfg = TrainConfig(epochs=2, batch_size=6, micro_batch_size=4, lr=0.02, seed=3, keep="last",
+                      max_grad_norm=norm_limit, router_aux_loss_coef=0.3, prompt_loss=weight)
     ours, plain = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
     unseen = examples()[5:12]
-    summary = train(ours, examples(), replace(cfg, keep="last"), tmp_path, 0, valid=unseen)
+    summary = train(ours, examples(), cfg, tmp_path, 0, valid=unseen)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     trained = [p for p in plain.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0)
-    batches = [batch for seed in (3000, 3001) for batch in bucket(examples(), 6, seed)]
-    clipped = set()
+    batches, clipped = planned_batches(examples(), plan_tasks(examples(), [], cfg), cfg), set()
     for step, (batch, line) in enumerate(zip(batches, lines, strict=True)):
-        losses: dict[str, list[torch.Tensor]] = {"a": [], "b": []}
-        balance, tokens = torch.zeros(()), sum(len(e.ids) for e in batch)
-        asked, smooth = list[torch.Tensor](), list[torch.Tensor]()
+        losses, total, tokens = {"a": [], "b": []}, torch.zeros(()), sum(len(e.ids) for e in batch)
         for part in batch[:4], batch[4:]:
             ids, mask, labels = collate(part, 0)
             logits = plain.lm_head(plain.model(ids, mask))[:, :-1]
-            for i, row in enumerate(labels[:, 1:] != IGNORE):
-                losses[part[i].task].append(F.cross_entropy(
+            for i, (e, row) in enumerate(zip(part, labels[:, 1:] != IGNORE)):
+                losses[e.task].append(F.cross_entropy(
                     logits[i][row], labels[i, 1:][row], reduction="none"))
-                smooth.append(F.cross_entropy(logits[i][row], labels[i, 1:][row],
-                                              reduction="none", label_smoothing=smoothing))
-                row = ~row & mask[i, 1:].bool()
-                asked.append(F.cross_entropy(logits[i][row], ids[i, 1:][row], reduction="none"))
+                same = [other for other in batch if other.task == e.task]
+                share = len(same) / len(batch) / sum(other.supervised for other in same)
+                asked = F.cross_entropy(logits[i][0], ids[i, 1])     # position 1 is a user's
+                total = total + share * (weight * asked + F.cross_entropy(
+                    logits[i][row], labels[i, 1:][row], reduction="sum", label_smoothing=smoothing))
             every = [reference.balance_loss(m.router_logits, m.top_k)
                      for m in expert_layers(plain).values()]
-            balance = balance + torch.stack(every).mean() * mask.sum() / tokens
-        each = torch.cat([loss for task in losses.values() for loss in task])
-        prompts = torch.cat(asked).sum() / len(each)
-        (torch.cat(smooth).mean() + weight * prompts + 0.3 * balance).backward()
+            balance = torch.stack(every).mean() * mask.sum() / tokens
+            total = total + 0.3 * balance
+        total.backward()
         norm = torch.stack([p.grad.square().sum() for p in trained]).sum().sqrt()
         clipped.add(bool(norm > norm_limit))
         for p in trained:
@@ -119,30 +119,26 @@ def test_training_equals_a_plain_loop(tmp_path, weight: float, smoothing: float,
         optimizer.zero_grad()
         by_task = {task: torch.cat(found).mean().item() for task, found in losses.items() if found}
         assert line["loss_by_task"] == pytest.approx(by_task, abs=2e-5)
-        assert (line["loss"], line["balance"], line["grad_norm"], line["lr"]) == pytest.approx(
-            (each.mean().item(), balance.item(), norm.item(), rate), abs=2e-5)
+        assert (line["grad_norm"], line["lr"]) == pytest.approx((norm.item(), rate), abs=2e-5)
         assert line["tokens"] == tokens
-        ids, mask, labels = collate(unseen, 0)
-        logits = plain.lm_head(plain.model(ids, mask))[:, :-1].flatten(0, 1)
-        loss = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE)
-        assert line["valid_loss"] == pytest.approx(loss.item(), abs=2e-5)
+        for task, loss in line["valid_loss_by_task"].items():
+            ids, mask, labels = collate([e for e in unseen if e.task == task], 0)
+            logits = plain.lm_head(plain.model(ids, mask))[:, :-1].flatten(0, 1)
+            assert loss == pytest.approx(F.cross_entropy(
+                logits, labels[:, 1:].flatten(), ignore_index=IGNORE).item(), abs=2e-5)
     assert len(lines) == 8 and clipped == {True, False}
     assert summary["tokens"] == sum(line["tokens"] for line in lines)
     for (name, a), b in zip(ours.named_parameters(), plain.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_prompts_and_smoothed_targets_teach_a_plain_adapter_and_no_mixture() -> None:
-    """What the model and the lines decide becomes numbers; what a flag says stays."""
-    mixture, plain = tiny(1, 3), tiny(1)
-    numbers = [(found.prompt_loss_weight, found.label_smoothing) for found in (
-        with_defaults(TrainConfig(), model, examples()) for model in (mixture, plain))]
-    assert numbers == [(0.0, 0.0), (0.2, 0.1)]
-    long = [Example("a", [1] * 60, [IGNORE] + [1] * 59)] * 3
-    assert with_defaults(TrainConfig(), plain, long).label_smoothing == 0
-    given = with_defaults(TrainConfig(lr=0.5, prompt_loss_weight=0.7), plain, examples())
-    assert (given.lr, given.prompt_loss_weight) == (0.5, 0.7)
-    assert given.epochs == round(120 / math.sqrt(len(examples())))
+def test_the_defaults_of_training_are_these() -> None:
+    """In numbers: a test that reads a constant where the code does passes any."""
+    cfg = TrainConfig()
+    assert (cfg.batch_size, cfg.max_grad_norm, cfg.router_aux_loss_coef, cfg.prompt_loss) == (
+        8, 1.0, 0.01, 0.2)
+    assert (plan.PASSES, plan.LEAST_PASSES, plan.SMOOTHING, plan.ENOUGH, plan.PROMPT_SHARE) == (
+        120, 3, 0.1, 50, 3.0)
 
 
 def test_ctrl_c_saves_and_resume_gives_the_same_bits(tmp_path, monkeypatch) -> None:
@@ -169,7 +165,7 @@ def test_another_thread_can_train(tmp_path) -> None:
         tiny(), examples(), TrainConfig(epochs=1), tmp_path, 0))
     thread.start()
     thread.join()
-    assert (tmp_path / "checkpoints" / "step-00000003").is_dir()
+    assert (tmp_path / "checkpoint.safetensors").is_file()
 
 
 def measured(run: Path) -> dict[int, float]:
@@ -180,18 +176,22 @@ def measured(run: Path) -> dict[int, float]:
 
 def overfitting(run: Path, resume: bool = False, continued: bool = False, **settings: Any,
                 ) -> tuple[CausalLM, float]:
-    """A model that is trained on lines that contradict the validation lines, and its loss there.
-    Their answers are long, so that the loss decides."""
-    model, valid = tiny(), [replace(e, ids=e.ids * 9, labels=e.labels + e.ids * 8)
-                            for e in examples(6)]
-    lines = [replace(e, ids=[49 - i for i in e.ids], labels=[
-        i if i == IGNORE else 49 - i for i in e.labels]) for e in examples(8)]
+    """A model that is trained on lines that contradict 50 validation lines, and its loss there.
+    Their answers are long and never the same, so that the loss decides."""
+    model, valid = tiny(), [replace(e, task="a", ids=e.ids * 2, labels=e.labels + e.ids)
+                            for e in examples(50)]
+    draw = torch.Generator().manual_seed(2)
+    lines = []
+    for e in examples(8):
+        answer = torch.randint(0, 50, (60,), generator=draw).tolist()
+        lines.append(Example("a", [49 - i for i in e.ids] + answer,
+                             [IGNORE] * len(e.ids) + answer))
     cfg = TrainConfig(**{"epochs": 8, "batch_size": 4, "lr": 0.03} | settings)
     train(model, lines, cfg, run, 0, resume, valid, continued)
     return model, token_scores(model, valid, 0)[0]
 
 
-def test_the_best_step_is_kept_and_patience_ends_a_run(tmp_path, capsys) -> None:
+def test_the_best_step_is_kept(tmp_path) -> None:
     _, last = overfitting(tmp_path / "last", keep="last")
     _, best = overfitting(tmp_path / "best")
     assert [*measured(tmp_path / "best")] == [2, 4, 6, 8, 10, 12, 14, 16]     # a tenth, rounded up
@@ -199,22 +199,15 @@ def test_the_best_step_is_kept_and_patience_ends_a_run(tmp_path, capsys) -> None
     losses = [*measured(tmp_path / "best").values()]
     assert (best, last) == pytest.approx((min(losses), losses[-1]), abs=1e-5)
     assert best < last - 0.01
-    place = losses.index(min(losses))
-    overfitting(tmp_path / "patient", patience=2)
-    assert [*measured(tmp_path / "patient").values()] == losses[:place + 3] != losses
-    last_step = [*measured(tmp_path / "patient")][-1]
-    assert f"ended after step {last_step} by --patience\n" in capsys.readouterr().out
-    saved, = (tmp_path / "patient" / "checkpoints").iterdir()    # --resume trains no more
-    assert saved.name == f"step-{last_step:08d}"
 
 
 def test_experts_that_were_better_before_are_kept(tmp_path, monkeypatch) -> None:
-    """They are measured before the first step, once, and count for --patience."""
+    """They are measured before the first step, once."""
     before, validate, calls = tiny(), Trainer.validate, []
     monkeypatch.setattr(Trainer, "validate", lambda *a: calls.append(1) or validate(*a))
     for resume in False, True:
-        after, loss = overfitting(tmp_path, resume, True, lr=0.5, patience=2)
-        assert [*measured(tmp_path)] == [0, 2, 4] and len(calls) == 3
+        after, loss = overfitting(tmp_path, resume, True, lr=0.5, epochs=2)
+        assert [*measured(tmp_path)] == [0, 1, 2, 3, 4] and len(calls) == 5
         assert loss == pytest.approx(measured(tmp_path)[0], abs=1e-5)
         for (name, a), b in zip(before.named_parameters(), after.parameters()):
             assert torch.equal(a, b), name
@@ -222,35 +215,42 @@ def test_experts_that_were_better_before_are_kept(tmp_path, monkeypatch) -> None
 
 @pytest.mark.parametrize("count, chooses", [(50, True), (49, False)])
 def test_right_answers_choose_the_step_if_there_are_enough(count: int, chooses: bool) -> None:
-    """The later one of equals. The validation lines are what the model answers at first."""
-    model, valid = tiny(), list[Example]()
+    """The later one of equals, by the mean over tasks. The validation lines are what the model
+    answers at first; of another task, whose loss counts, there are enough."""
+    model, valid = tiny(), [replace(e, task="u") for e in examples(50)]
     for i in range(count):
         with torch.no_grad():
             answer = int(model(torch.tensor([[i, 7]]))[0, -1].argmax())
         valid.append(Example("t", [i, 7, answer], [IGNORE, IGNORE, answer]))
-    trainer = Trainer(model, TrainConfig(), 0, valid=valid)
-    state: Any = {"best": -math.inf, "best_step": 0, "since_best": 0}
+    plans = {"t": TaskPlan(9, 1, 1, 0, 0, "answers", count),
+             "u": TaskPlan(9, 1, 1, 0, 0, "loss", 50)}
+    trainer = Trainer(model, TrainConfig(), 0, valid, plans)
+    state: Any = {"best": -math.inf, "best_step": 0}
     first = {name: p.detach().clone() for name, p in trainer.parameters.items()}
-    right = []
+    right, merits = [], []
     for step, shift in enumerate((0.5, 0.0, 0.5, 0.0, 1.0), 1):
         for name, p in trainer.parameters.items():
             p.data.copy_(first[name] + shift * torch.randn(p.shape).to(p))
-        right.append(trainer.validate(step, state)["valid_right"])
+        found = trainer.validate(step, state)
+        right.append(found["valid_right_by_task"]["t"])
+        merits.append((right[-1] / count + math.exp(-found["valid_loss_by_task"]["u"])) / 2)
     assert right[1] == right[3] == count and max(right[0], right[2], right[4]) < count
-    assert (state["best"], state["best_step"], state["since_best"]) == (count, 4, 1)
+    assert state == {"best": pytest.approx(max(merits), abs=1e-4), "best_step": 4}
     assert bool(trainer.best) == chooses
     assert all(torch.equal(trainer.best[name], first[name]) for name in trainer.best)
+    assert trainer.choice(state | {"step": 5}, 5) == (
+        "kept step 4 of 5, by the answers and loss of 50 or more validation lines a task"
+        if chooses else "kept the last step, 5")
 
 
-@pytest.mark.parametrize("settings", [{}, {"patience": 2}])
-def test_a_resumed_run_keeps_the_same_best_step_to_the_bit(tmp_path, monkeypatch, settings) -> None:
-    straight, _ = overfitting(tmp_path / "straight", **settings)
+def test_a_resumed_run_keeps_the_same_best_step_to_the_bit(tmp_path, monkeypatch) -> None:
+    straight, _ = overfitting(tmp_path / "straight")
     # After the best step.
     interrupt_in(monkeypatch, "validate", len(measured(tmp_path / "straight")) - 1)
     with pytest.raises(Interrupted):
-        overfitting(tmp_path / "cut", **settings)
+        overfitting(tmp_path / "cut")
     for _ in range(2):                                   # a run that has ended stays as it is
-        resumed, _ = overfitting(tmp_path / "cut", resume=True, **settings)
+        resumed, _ = overfitting(tmp_path / "cut", resume=True)
         for (name, a), b in zip(straight.named_parameters(), resumed.parameters()):
             assert torch.equal(a, b), name
     assert measured(tmp_path / "cut") == measured(tmp_path / "straight")
@@ -304,8 +304,7 @@ def test_a_batch_that_overflows_is_halved_for_good_and_counted_once(tmp_path, mo
     for name, p in trainer.parameters.items():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-9, atol=1e-12)
     trainer.step(1, batch, lr=1e-3)
-    trainer.valid = batch
-    trainer.validate(1, {"best": 0, "since_best": 0})
+    trainer.evaluating(partial(token_scores, model, batch, 0))
     assert calls[15:] == 12 * [1] + [10, 2]              # of similar length
 
 
@@ -361,12 +360,6 @@ def test_a_model_without_experts_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="no experts to train: call add_experts first"):
         train(CausalLM(tiny_config()), examples(), TrainConfig(), tmp_path, 0)
     assert not [*tmp_path.iterdir()]
-
-
-def test_a_new_run_leaves_no_checkpoint_of_an_old_one(tmp_path) -> None:
-    for epochs, left in ((3, "step-00000009"), (1, "step-00000003")):
-        train(tiny(), examples(), TrainConfig(epochs, 8, 8), tmp_path, pad_id=0)
-        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [left]
 
 
 @pytest.mark.parametrize("factor, rank", [(1.0, 4), (0.25, 4), (4.0, 4), (1.0, 2)])

@@ -1,5 +1,6 @@
 """Runs that are killed, interrupted, damaged or held by another process, and what comes of them."""
 
+import json
 import os
 import random
 import re
@@ -10,10 +11,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import tqdm.std
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import ROOT, examples, finish, interrupt_in, python, tiny
 
 import minismoe.training.loop as training
@@ -23,7 +27,7 @@ from minismoe.io import files
 from minismoe.io.files import read_json, replacing, write_json
 from minismoe.io.signals import ENDING, Interrupted, handling, interrupt, locked
 from minismoe.training import resume
-from minismoe.training.loop import TrainConfig
+from minismoe.training.plan import TrainConfig
 
 CFG = TrainConfig(epochs=2, batch_size=4, micro_batch_size=4, lr=1e-2, checkpoint_every=4)
 QUICK = ("--samples", "8", "--epochs", "1", "--batch-size", "8", "--checkpoint-every", "3",
@@ -33,7 +37,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="fork, terminals and 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A run of 12 steps with its last two checkpoints, of steps 8 and 12, and its parameters."""
+    """A run of 12 steps with its checkpoint, and its parameters."""
     run, model = tmp_path_factory.mktemp("trained"), tiny()
     training.train(model, examples(), CFG, run, pad_id=0)
     return run, dict(model.named_parameters())
@@ -53,44 +57,24 @@ def flip(file: Path, bit: int) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["experts.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "empty"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, tmp_path, capsys, name, damage):
+def state_of(run: Path) -> dict[str, Any]:
+    with safe_open(run / resume.NAME, "pt") as saved:
+        return json.loads(saved.metadata()["state"])
+
+
+@pytest.mark.parametrize("damage", ["cut", "no state", "empty"])
+def test_a_damaged_checkpoint_is_named_in_one_line(trained, tmp_path, damage: str) -> None:
+    """Without it, the run trains from the first step on, to the same experts."""
     run = shutil.copytree(trained[0], tmp_path / "run")
-    file = run / "checkpoints" / "step-00000012" / name
-    size = file.stat().st_size
-    if damage == "missing":
-        file.unlink()
-    elif damage == "flipped":
-        flip(file, 8 * size // 2 + 1)
+    file = run / resume.NAME
+    if damage == "no state":
+        save_file(load_file(file), file)
     else:
-        os.truncate(file, size - 3 if damage == "cut" else 0)
+        os.truncate(file, file.stat().st_size - 3 if damage == "cut" else 0)
+    with pytest.raises(ValueError, match=r"checkpoint.safetensors is damaged \(.*\): remove it"):
+        goes_on(run, trained[1])
+    file.unlink()
     goes_on(run, trained[1])
-    assert "step-00000012 is damaged" in (err := capsys.readouterr().err)
-    assert "going on from the one before" in err
-
-
-def test_no_flipped_bit_goes_unseen(trained, tmp_path) -> None:
-    rng = random.Random(0)
-    for file in sorted((trained[0] / "checkpoints" / "step-00000012").iterdir()):
-        for _ in range(12):
-            run = shutil.copytree(trained[0], tmp_path / "run")
-            flip(run / "checkpoints" / "step-00000012" / file.name,
-                 rng.randrange(8 * file.stat().st_size))
-            found = resume.newest(run)
-            assert found is not None and found[1]["step"] == 8, file
-            shutil.rmtree(run)
-
-
-def test_a_run_with_two_damaged_checkpoints_starts_anew(trained, tmp_path, capsys) -> None:
-    run = shutil.copytree(trained[0], tmp_path / "run")
-    folders = resume.checkpoints(run)
-    assert [f.name for f in folders] == ["step-00000008", "step-00000012"]       # others are gone
-    for folder in folders:
-        os.truncate(folder / "experts.safetensors", 100)
-    goes_on(run, trained[1])
-    err = capsys.readouterr().err
-    assert "step-00000008 is damaged" in err and "no whole one is left, so it begins anew" in err
 
 
 def test_lost_metrics_are_refused_and_cost_no_checkpoint(trained, tmp_path) -> None:
@@ -100,10 +84,9 @@ def test_lost_metrics_are_refused_and_cost_no_checkpoint(trained, tmp_path) -> N
         (run / "metrics.jsonl").unlink()
         if left:
             (run / "metrics.jsonl").write_text(left)
-        before = resume.checkpoints(run)
         with pytest.raises(ValueError, match="metrics.jsonl has not all that .*: put it back"):
             goes_on(run, trained[1])
-        assert resume.checkpoints(run) == before
+        assert state_of(run)["step"] == 12
         (run / "metrics.jsonl").write_text(metrics)
     goes_on(run, trained[1])
 
@@ -117,11 +100,9 @@ def test_a_checkpoint_is_flushed_to_disk_before_it_gets_its_name(tmp_path, monke
         said.append(("name", Path(b).name)), replace(a, b)))
     expert = torch.nn.Parameter(torch.zeros(1))
     resume.save_checkpoint(tmp_path, {"a": expert.detach()}, {"step": 1})
-    done = said.index(("name", "step-00000001"))
-    before = [name for what, name in said[:done] if what == "sync"]
-    assert {"experts.safetensors", "state.json"} < set(before)
-    assert before[-1].startswith(".step-00000001")
-    assert said[done + 1:] == [("sync", "checkpoints")]
+    (first, synced), *after = said
+    assert first == "sync" and synced.startswith(".checkpoint.safetensors.")
+    assert after == [("name", resume.NAME), ("sync", tmp_path.name)]
 
 
 def test_resuming_on_other_batches_is_refused(trained, tmp_path) -> None:
@@ -156,7 +137,6 @@ def clock(monkeypatch) -> list[float]:
 def test_seconds_add_up_over_resumes(tmp_path, clock) -> None:
     cfg = TrainConfig(epochs=1, batch_size=8, micro_batch_size=8, checkpoint_every=1)
     assert training.train(tiny(), examples(), cfg, tmp_path, 0)["seconds"] == 75
-    shutil.rmtree(tmp_path / "checkpoints" / "step-00000003")
     clock[0] += 1000
     assert training.train(tiny(), examples(), cfg, tmp_path, 0, resume=True)["seconds"] == 75
 
@@ -171,7 +151,7 @@ def test_every_ending_signal_lets_the_step_end_and_saves_it(inputs, tmp_path, ca
         assert code == 128 + number
         assert err.splitlines()[-1] == (f"interrupted: saved after step {saved} of 7; go on with: "
                                         f"python train.py --resume --out '{run}'")
-        assert resume.newest(run)[1]["step"] == saved
+        assert state_of(run)["step"] == saved
 
 
 @posix
@@ -193,7 +173,7 @@ def test_a_closed_terminal_loses_nothing(inputs, tmp_path, signals) -> None:
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
     steps = metrics.read_text().count("\n")
-    assert resume.newest(tmp_path / "run")[1]["step"] == steps
+    assert state_of(tmp_path / "run")["step"] == steps
 
 
 def test_a_second_process_on_a_run_is_refused(tmp_path) -> None:

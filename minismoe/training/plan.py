@@ -1,0 +1,158 @@
+"""What a run does for each of its tasks: how often it reads their lines, what counts in the loss,
+and how they are judged. Each task's plan follows from its own lines alone."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from statistics import fmean
+
+from ..data.tasks import Example, bucket
+from ..io import flags
+from ..io.flags import flag
+from ..io.text import table
+from ..method.loss import IGNORE
+
+PASSES, LEAST_PASSES = 120, 3     # see `plan_tasks`
+SMOOTHING = 0.1                   # see `TaskPlan`
+ENOUGH = 50                       # validation lines of a task that can tell steps apart
+MOST_PROMPT, PROMPT_SHARE = 0.2, 3.0         # see `prompt_weight`
+CLOSED, OPEN = 0.3, 0.45          # see `openness`
+KNOWN = 16                        # tokens; see `openness`
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How experts are trained; with data, model and allocation it determines the result."""
+
+    epochs: int | None = flag(None, "passes over the training lines (default: each task's follow "
+                              "its own lines, and are printed)", flags.natural, metavar="N")
+    batch_size: int = flag(
+        8, "examples per optimizer step (default: %(default)s)", flags.positive, metavar="N")
+    micro_batch_size: int | None = flag(
+        None, "examples computed at once; fewer need less memory (default: --batch-size)",
+        flags.positive, metavar="N")
+    recompute: bool = flag(
+        False, "activation checkpointing: about a third slower, far less memory for long examples")
+    lr: float | None = flag(None, "peak learning rate, after a warm-up; a cosine takes it to 0 "
+                            "(default: it follows the size of the base's weights)", flags.number)
+    prompt_loss: float = flag(
+        MOST_PROMPT, "the most that a token of a user's message counts in the loss, where one of "
+        "an answer counts 1; long messages count less, and 0 leaves them out (default: "
+        "%(default)s)", flags.number, metavar="WEIGHT")
+    checkpoint_every: int = flag(
+        200, "optimizer steps (default: %(default)s)", flags.positive, metavar="N")
+    keep: str = "best"       # or "last": a flag of InputConfig, as lines may be held out for it
+    seed: int = 0
+    # Without a flag:
+    max_grad_norm: float = 1.0           # gradients are clipped to this norm
+    router_aux_loss_coef: float = 0.01   # weight of the balance loss
+
+    @property
+    def micro(self) -> int:
+        """Examples computed at once."""
+        return min(self.micro_batch_size or self.batch_size, self.batch_size)
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """How one task is trained and judged."""
+
+    lines: int               # training lines
+    passes: int              # over them
+    steps: float             # of the run, as many as these lines fill
+    prompt_weight: float     # of a token that a user wrote, in the loss: the mean over lines
+    smoothing: float         # the probability that the targets of answers leave to all tokens alike
+    judged: str              # by right "answers", or by the "loss" of unseen lines
+    valid: int               # validation lines, in a file or held out
+
+
+def openness(examples: Sequence[Example]) -> float:
+    """How much of the answers follows neither from their prompts nor from other lines, 0 to 1.
+
+    An answer's token is new if it ends three tokens that neither the line's prompt nor another
+    line's answer holds. Of labels, hardly any token is new (0 to 0.1); of JSON that copies from the
+    prompt, and of corrected sentences, some are (0.1 to 0.3); of free text, most (0.4 to 0.6). Each
+    line counts KNOWN tokens more, none of them new: a short answer is seldom free text.
+    """
+    answers = [triples([label for label in e.labels if label != IGNORE]) for e in examples]
+    holding = Counter(triple for answer in answers for triple in answer)
+    new = sum(holding[triple] == 1 for e, answer in zip(examples, answers)
+              for triple in answer - triples([token for token, label in zip(e.ids, e.labels)
+                                              if label == IGNORE]))
+    return new / sum(e.supervised + KNOWN for e in examples)
+
+
+def triples(ids: Sequence[int]) -> set[tuple[int, ...]]:
+    """Each three tokens that stand side by side."""
+    return set(zip(ids, ids[1:], ids[2:]))
+
+
+def can_match(examples: Sequence[Example]) -> bool:
+    """Whether the answers of a task can be written exactly as its unseen lines have them: those of
+    labels, JSON, calls and corrected sentences can, and those of free text cannot."""
+    return openness(examples) < (CLOSED + OPEN) / 2
+
+
+def prompt_weight(example: Example, most: float) -> float:
+    """How much each token that a user wrote counts in the loss, where one of the answer counts 1.
+
+    With few lines, the loss of prompts keeps the model from knowing its lines by heart alone (Shi
+    et al. 2024, arXiv 2405.14394). All of a line's prompt counts at most PROMPT_SHARE times as much
+    as its answer: else long prompts are what is learnt.
+    """
+    return min(most, PROMPT_SHARE * example.supervised / max(1, len(example.asked)))
+
+
+def plan_tasks(examples: Sequence[Example], valid: Sequence[Example], cfg: TrainConfig,
+               ) -> dict[str, TaskPlan]:
+    """The plan of each task of the training lines `examples`; its validation lines are in `valid`.
+
+    A task takes PASSES / sqrt(lines) passes over its lines, and LEAST_PASSES at least: 12 over 100
+    lines, 6 over 400, 3 from 1,200 on. few.py in tests/benchmarks measured PASSES. Free text, whose
+    loss on unseen lines rises again after few passes, takes LEAST_PASSES, and is not smoothed
+    (Szegedy et al. 2016, arXiv 1512.00567). Between CLOSED and OPEN, both change gradually.
+    """
+    plans = {}
+    for task, lines in by_task(examples).items():
+        closed = min(1.0, max(0.0, (OPEN - openness(lines)) / (OPEN - CLOSED)))
+        usual = max(LEAST_PASSES, PASSES / math.sqrt(len(lines)))
+        passes = (round(LEAST_PASSES + closed * (usual - LEAST_PASSES)) if cfg.epochs is None
+                  else cfg.epochs)
+        plans[task] = TaskPlan(
+            len(lines), passes, round(passes * len(lines) / cfg.batch_size, 1),
+            round(fmean(prompt_weight(e, cfg.prompt_loss) for e in lines), 3),
+            round(SMOOTHING * closed, 3), "answers" if can_match(lines) else "loss",
+            sum(e.task == task for e in valid))
+    return plans
+
+
+def by_task(examples: Sequence[Example]) -> dict[str, list[Example]]:
+    """The examples of each task, in order of name."""
+    return {task: [*lines] for task, lines in groupby(
+        sorted(examples, key=lambda e: e.task), key=lambda e: e.task)}
+
+
+def planned_batches(examples: Sequence[Example], plans: Mapping[str, TaskPlan], cfg: TrainConfig,
+                    ) -> list[list[Example]]:
+    """The batches of a run, which a resumed run computes again. Each task's passes are spread
+    evenly over it: the run is cut into as many parts as the task with most passes has."""
+    streams, parts = list[list[Example]](), max(plan.passes for plan in plans.values())
+    for task, lines in by_task(examples).items():
+        weighed = [replace(e, prompt_weight=prompt_weight(e, cfg.prompt_loss),
+                           smoothing=plans[task].smoothing) for e in lines]
+        streams.append([line for number in range(plans[task].passes) for line in random.Random(
+            f"{cfg.seed} {number}").sample(weighed, len(weighed))])
+    return [batch for part in range(parts) for batch in bucket(
+        [line for stream in streams for line in stream[len(stream) * part // parts:
+                                                       len(stream) * (part + 1) // parts]],
+        cfg.batch_size, cfg.seed * 1000 + part)]
+
+
+def plan_table(plans: Mapping[str, TaskPlan]) -> str:
+    """The plans, for a terminal."""
+    return table(["task", "lines", "passes", "steps", "weight of prompts", "smoothing",
+                  "judged by", "validation lines"],
+                 [[task, *vars(plan).values()] for task, plan in plans.items()])
