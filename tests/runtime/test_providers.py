@@ -141,7 +141,7 @@ def test_an_export_is_checked_there_as_well(tmp_path, monkeypatch, capsys, preci
     main(["--precision", precision, "--provider", provider, "--out", "out"])
     said = capsys.readouterr().out
     assert re.search(rf"{provider}: logits within \S+ of the CPU's largest, 3 of 3 texts the", said)
-    assert said.endswith(f"python -m minismoe.runtime out --chat --provider {provider}\n")
+    assert said.endswith(f"python -m minismoe.runtime out --provider {provider} --chat\n")
     info = read_json(tmp_path / "out" / "export.json")
     assert info["providers"] == [provider]
     seen = info["checked"][""]["providers"][provider]
