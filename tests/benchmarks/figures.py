@@ -171,11 +171,11 @@ def lines_needed(means: Mapping[tuple[str, str, int, str], Mapping[str, Any]]) -
             found = sorted((lines, mean) for (name, tasks, lines, flags), mean in means.items()
                            if (name, tasks, flags) == (base, task, ""))
             if found:
-                path = "L".join(at(lines, mean["exact"]) for lines, mean in found)
+                path = "L".join(at(lines, mean["exact"][task]) for lines, mean in found)
                 parts.append(line("M" + path, color, wide))
-                parts += [dot(*map(float, at(lines, mean["exact"]).split()), wide, color)
+                parts += [dot(*map(float, at(lines, mean["exact"][task]).split()), wide, color)
                           for lines, mean in found]
-            parts += [dot(*map(float, at(lines, mean["shipped"]).split()), 3.5, "#fff", color)
+            parts += [dot(*map(float, at(lines, mean["shipped"][task]).split()), 3.5, "#fff", color)
                       for lines, mean in found if "shipped" in mean]
     y = top + height + 44
     for x, (base, (color, wide)) in zip((52.0, 195.0, 325.0, 622.0), CURVES.items()):
