@@ -175,14 +175,6 @@ class Tokenizer:
             spans[i] = range(first, last)
         return Encoded(unmark(text), ids, starts, spans)
 
-    def prompt(self, messages: Sequence[Message]) -> str:
-        """The conversation up to where the assistant's next answer begins, for `ids`."""
-        return self.render(mark(messages, self._special_text), True)
-
-    def ids(self, text: str) -> list[int]:
-        """Token ids of a text that comes from `prompt`."""
-        return self._encode_marked(text)[0]
-
     def _turns(self, messages: Sequence[Message]) -> tuple[str, list[range]]:
         """The rendered messages, and the characters of each one's span; see Encoded.
 

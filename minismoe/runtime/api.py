@@ -132,7 +132,7 @@ class Api:
                 raise ValueError(f"{name} {request[name]!r} is not supported")
         (tools, must), likeliest = _tools(request), _likeliest(request)
         chat = with_tools(self._messages(request, model), tools)
-        prompt, = generator.encoded([generator.tokenizer.prompt(chat)])
+        prompt, = generator.encoded([chat])
         options = self._sampling(request) | {
             "grammar": self._grammar(request, tools, must), "fast_forward": likeliest is None}
         choices = self._choices(request, model)

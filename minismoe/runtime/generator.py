@@ -21,7 +21,7 @@ import math
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache, partial
 from itertools import takewhile
@@ -36,6 +36,10 @@ from .folder import FLOAT, INT64
 from .grammar import CALLS, allowed, call_grammar, follow, grammar_tokens, new_matcher
 from .model import CachedModel, go_on
 from .sampling import Sampling, floats_of, penalized, permitted
+
+# A chat, which the template renders up to where the next answer begins and where it alone writes
+# special tokens; or a text that is read as it is, or token ids.
+Prompt = Sequence[Message] | str | Sequence[int]
 
 
 class Generation(Iterator[int]):
@@ -77,12 +81,11 @@ class Generator(CachedModel):
         """`answer_tokens` of this tokenizer, which remembers the last sets of answers."""
         return lru_cache(8)(partial(answer_tokens, self.tokenizer))
 
-    def generate(self, prompt: str | Sequence[int], max_tokens: int | None = None,
+    def generate(self, prompt: Prompt, max_tokens: int | None = None,
                  grammar: Any = "", fast_forward: bool = True,
                  check: Callable[[], None] = go_on, **sampling: Any) -> Generation:
         """The tokens that follow a prompt, to iterate over.
 
-        prompt: token ids, or text as `tokenizer.prompt` or `tokenizer.render` makes it of a chat;
         grammar: of the answer, as grammar.py writes it, or a new `matcher` of one; fast_forward:
         read tokens that alone may follow together with those before them, without `logits`; check:
         is called before each step, and may raise; sampling: fields of `Sampling`. Raises ValueError
@@ -199,17 +202,13 @@ class Generator(CachedModel):
     def _grammar_tokens(self) -> Any:
         return grammar_tokens(self.tokenizer, self.info["vocab_size"])
 
-    def encoded(self, prompts: Sequence[str | Sequence[int]], new: int = 1) -> list[list[int]]:
-        """Token ids of prompts; raises ValueError if `new` more do not fit the context. A text that
-        has more characters than the context can hold is refused before it takes memory."""
+    def encoded(self, prompts: Sequence[Prompt], new: int = 1) -> list[list[int]]:
+        """Token ids of prompts; raises ValueError if `new` more do not fit the context."""
         rows, vocab = list[list[int]](), self.info["vocab_size"]
         for number, given in enumerate(prompts, 1):
             prompt = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
-            long = isinstance(given, str) and len(given) > self.context and (
-                len(given) > self.context * self.tokenizer.backend.longest)
-            row = [] if long else self.tokenizer.ids(given) if isinstance(given, str) else [*given]
-            if long or self.room(len(row) + new - 1) < 1:
-                size = f"{len(given):,} characters" if long else f"{len(row):,} tokens"
+            row, size = self._encode(given)
+            if row is None or self.room(len(row) + new - 1) < 1:
                 answer = f" for an answer of {new}" if new > 1 else ""
                 raise ValueError(f"{prompt} has {size}, which leaves no room{answer} in the "
                                  f"context of {self.context}: shorten it, or export with a longer "
@@ -220,6 +219,20 @@ class Generator(CachedModel):
                 raise ValueError(f"{prompt} has tokens outside of the model's {vocab}")
             rows.append(row)
         return rows
+
+    def _encode(self, prompt: Prompt) -> tuple[list[int] | None, str]:
+        """Token ids of a prompt, and its size in words. The ids are None if its text has more
+        characters than the context can hold: to encode them would take time and memory."""
+        chat: Any = prompt if prompt and isinstance(prompt[0], Mapping) else None
+        ids: Any = prompt
+        if chat or isinstance(prompt, str):
+            text = self.tokenizer.render(chat, True) if chat else str(prompt)
+            if len(text) > self.context and len(text) > self.context * (
+                    self.tokenizer.backend.longest):
+                return None, f"{len(text):,} characters"
+            ids = self.tokenizer.encode_chat(chat, True).ids if chat else (
+                self.tokenizer.encode(text)[0])
+        return [*ids], f"{len(ids):,} tokens"
 
     def room(self, length: int) -> int:
         """How many tokens may follow a prompt of `length` tokens."""
@@ -244,10 +257,10 @@ class Generator(CachedModel):
         chat = with_tools(messages, tools)
         if tools:
             options.setdefault("grammar", self.call_grammar(tools))
-        tokens = self.generate(self.tokenizer.prompt(chat), **options)
+        tokens = self.generate(chat, **options)
         return self.tokenizer.parse(chat, "".join(self.text(tokens, stop)))
 
-    def batch(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None = None,
+    def batch(self, prompts: Sequence[Prompt], max_tokens: int | None = None,
               seed: int | None = None, **sampling: Any) -> list[list[int]]:
         """The tokens that follow each prompt, one prompt after another; arguments as for
         `generate`. A wrong prompt is named before any is read; a seed draws anew for each."""
@@ -255,7 +268,7 @@ class Generator(CachedModel):
                                 seed=None if seed is None else seed + number)]
                 for number, tokens in enumerate(self.encoded(prompts))]
 
-    def choose(self, prompt: str | Sequence[int], choices: Sequence[str], best: int = 1,
+    def choose(self, prompt: Prompt, choices: Sequence[str], best: int = 1,
                check: Callable[[], None] = go_on) -> list[Answer]:
         """The `best` likeliest of the answers `choices` to a prompt, with log-probabilities.
 

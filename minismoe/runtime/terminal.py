@@ -144,7 +144,7 @@ class Terminal:
         for start in (first, *later):
             kept = with_tools([*chat[:first], *chat[start:]], self.tools)
             with suppress(ValueError):
-                generator.encoded([generator.tokenizer.prompt(kept)], generator.context // 8)
+                generator.encoded([kept], generator.context // 8)
                 if start > first:
                     print("[the oldest turns are forgotten: the context is full]", file=sys.stderr)
                 return kept
@@ -165,7 +165,7 @@ class Terminal:
         """
         tokenizer, times, said = self.generator.tokenizer, [time.perf_counter()], ""
         answer = self.generator.generate(
-            instructed(self.before, text) if self.args.raw else tokenizer.prompt(chat),
+            instructed(self.before, text) if self.args.raw else chat,
             **self.options | {"seed": None if self.args.seed is None else self.args.seed + seed})
 
         def timed() -> Iterator[int]:
@@ -200,8 +200,8 @@ class Terminal:
 
     def _choose(self, text: str) -> list[Answer]:
         """The likeliest of --choices, as many as --best says."""
-        start, prompt = time.perf_counter(), self.generator.tokenizer.prompt(self._chat(text))
-        found = self.generator.choose(prompt, self.choices, self.args.best or 1)
+        start = time.perf_counter()
+        found = self.generator.choose(self._chat(text), self.choices, self.args.best or 1)
         if self.args.stats:
             seconds = time.perf_counter() - start
             _print_stats(f"one of {len(self.choices)} answers in {seconds:.3f} s")

@@ -137,7 +137,6 @@ def test_a_prompt_has_the_tokens_of_training(request, kind: str, said: list[str]
     text = tokenizer.render(chat, True)
     ids, starts = tokenizer.encode(text)
     assert tokenizer.encode_chat(chat, True) == (text, ids, starts, [])
-    assert tokenizer.ids(tokenizer.prompt(chat)) == ids
     if chat[-1]["role"] == "user":
         return
     text, ids, starts, spans = tokenizer.encode_chat(chat)
@@ -165,7 +164,6 @@ def test_special_tokens_come_from_the_template_alone(request, kind: str, text: s
         plain = tokenizer.decode(encoded.ids).replace(" ", "")
         assert plain.count(typed.replace(" ", "")) >= 2
         assert encoded.text == tokenizer.render(chat)
-    assert tokenizer.ids(tokenizer.prompt(chat)) == encoded.ids
     if not kind:
         asked, answered = tokenizer.encode_chat(
             [chat[0], {"role": "assistant", "content": "no"}]).spans

@@ -195,6 +195,19 @@ def test_each_line_gets_a_line(generator, folders) -> None:
     assert "has no line" in command(folders["ort"], "--lines").stderr
 
 
+def test_marks_in_a_question_are_asked_too(folders, generator, capsys) -> None:
+    """U+FDD0 and U+FDD1, which mark texts within the runtime."""
+    text, said = "a\ufdd0b\ufdd0\ufdd1", []
+    for ids in (generator.tokenizer.encode(text)[0],
+                [256, *f"User: {text}\nAssistant:".encode()]):
+        said.append("".join(generator.text(generator.generate(ids, 4))))
+    for flags, wanted in ([text, "--raw"], said[0]), ([text], said[1].lstrip()):
+        program.main([str(folders["ort"]), *flags, "--max-tokens", "4"])
+        assert capsys.readouterr().out == wanted + "\n"
+    lines = command(folders["ort"], "--lines", "--json", "--max-tokens", 4, input=text)
+    assert json.loads(lines.stdout)["text"] == said[1].lstrip()
+
+
 def test_line_ends_of_an_answer_are_two_characters_or_json(tmp_path) -> None:
     folder = scripted(tmp_path / "f", "a", "\n", "b\r\n")
     said = [python("-m", "minismoe.runtime", folder, "--lines", *flags, input="x\n\ny\n").stdout
@@ -244,7 +257,7 @@ def test_a_question_is_asked_as_it_was_judged(task, tmp_path, generator) -> None
     assert command(task, "--lines", *limit, "--task", "color", input="sky\nsea\n").stdout == lines
     raw = "".join(generator.text(generator.generate("sky", 9)))
     assert command(task, "sky", "--raw", *limit).stdout == raw + "\n"
-    best, = generator.choose(generator.tokenizer.prompt(user("Name it.\nsky")), ["red", "blue"])
+    best, = generator.choose(user("Name it.\nsky"), ["red", "blue"])
     chosen = command(task, "sky", "--choices", "color", "--best", 1).stdout
     assert chosen == f"{math.exp(best.logprob):.4f}\t{best.text}\n"
     wrong = command(task, "sky", "--task", "size")

@@ -39,6 +39,7 @@ LIGHT = {"type": "function", "function": {"name": "light", "parameters": {
     "additionalProperties": False}}}
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json" \
        b"\r\nContent-Length: %d\r\n\r\n"
+COLORS, OWN = ["red", "blue", "green"], {"structured_outputs": {"choice": True}}
 GOOD = b'{"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}'
 DOOR = {"type": "function", "function": {"name": "door"}}
 TEMPLATE = (
@@ -115,9 +116,14 @@ def text_of(client: "openai.OpenAI", *args: object, **options: object) -> str:
     return ask(client, *args, **options).choices[0].message.content
 
 
+def user(text: str) -> list[dict[str, str]]:
+    """A chat that asks a question."""
+    return [{"role": "user", "content": text}]
+
+
 def completed(client: "openai.OpenAI", prompt: str, limit: int = 2, **options: object) -> object:
     """What the server answers to a question."""
-    return ask(client, limit, [{"role": "user", "content": prompt}], **options)
+    return ask(client, limit, user(prompt), **options)
 
 
 def said(generator: Generator, limit: int = 9, messages: list = ASK, **sampling: object) -> str:
@@ -183,31 +189,22 @@ def test_a_chat_is_read_from_where_it_differs_also_after_another(generator, clie
 
 
 def test_log_probabilities_are_those_of_torch(generator, model, client) -> None:
-    """Of each token and of the likeliest in its place, in both protocols, and in a stream."""
-    ids = generator.tokenizer.encode(generator.tokenizer.render(ASK, True))[0]
-
-    def check(prompt: list[int], tokens: list, likeliest: list[list[float]]) -> None:
-        answer = list(generator.generate(prompt, 8))
-        with torch.no_grad():
-            logits = model(torch.tensor([[*prompt, *answer]]))[0, len(prompt) - 1:-1]
-        wanted = logits.log_softmax(-1)
-        assert [text for text, _ in tokens] == [generator.tokenizer.decode([t]) for t in answer]
-        assert [x for _, x in tokens] == pytest.approx(
-            [float(row[t]) for row, t in zip(wanted, answer)], abs=1e-4)
-        for row, given in zip(wanted, likeliest, strict=True):
-            assert given == pytest.approx(row.topk(len(given)).values.tolist(), abs=1e-4)
-    settings = {"logprobs": True, "top_logprobs": 3}
+    """Of each token and of the likeliest in its place, in a whole answer and in a stream."""
+    ids, = generator.encoded([ASK])
+    answer, settings = [*generator.generate(ids, 8)], {"logprobs": True, "top_logprobs": 3}
+    with torch.no_grad():
+        rows = model(torch.tensor([[*ids, *answer]]))[0, len(ids) - 1:-1].log_softmax(-1)
     whole = ask(client, 8, **settings).choices[0].logprobs.content
-    check(ids, [(p.token, p.logprob) for p in whole],
-          [[other.logprob for other in p.top_logprobs] for p in whole])
-    assert {len(p.top_logprobs) for p in whole} == {3}
-    for p in whole:                      # a token may be a part of a character
-        assert (p.bytes is None) == ("\ufffd" in p.token)
-        assert p.bytes is None or bytes(p.bytes).decode() == p.token
-    parts = [*ask(client, 8, stream=True, **settings)]
-    check(ids, [(p.token, p.logprob) for part in parts for p in part.choices[0].logprobs.content],
-          [[other.logprob for other in p.top_logprobs]
-           for part in parts for p in part.choices[0].logprobs.content])
+    parts = [token for part in ask(client, 8, stream=True, **settings)
+             for token in part.choices[0].logprobs.content]
+    for found in whole, parts:
+        for row, token, given in zip(rows, answer, found, strict=True):
+            assert given.token == generator.tokenizer.decode([token])
+            assert given.logprob == pytest.approx(float(row[token]), abs=1e-4)
+            assert [other.logprob for other in given.top_logprobs] == pytest.approx(
+                row.topk(3).values.tolist(), abs=1e-4)
+            assert given.bytes == (None if "\ufffd" in given.token else      # a part of a character
+                                   [*given.token.encode()])
 
 
 def test_a_chat_begins_with_the_system_prompt_of_the_training(model, tmp_path) -> None:
@@ -253,12 +250,6 @@ def test_null_is_no_choice_of_tools_and_names_may_be_quoted(client) -> None:
     for path in "/v1/%6dodels", "/v1/models/", "/v1/models?limit=3":
         assert post(client, b"", path, "GET")[1]["object"] == "list"
     assert post(client, b"", "/v1/models/other", "GET")[0] == 404
-
-
-def test_special_tokens_in_a_message_are_text(client) -> None:
-    def length(text: str) -> int:
-        return ask(client, 1, [{"role": "user", "content": text}]).usage.prompt_tokens
-    assert length("<|end|>") == length("1234567") == length("1234") + 3
 
 
 def test_a_prompt_beyond_the_context(client) -> None:
@@ -317,26 +308,48 @@ def test_a_model_has_a_name_for_each_adapter(model, tmp_path) -> None:
     assert len({*answers.values()}) == 3
 
 
-def test_a_task_is_a_model_with_its_instruction_and_its_answers(model, tmp_path) -> None:
-    folder = export(model, tmp_path / "f", context=2048, files={"tasks.json": json.dumps({
-        "color": {"choices": ["red", "blue", "green"], "instruction": "Name it.\n"},
-        "talk": {"choices": [], "instruction": ""}})})
-    generator = Generator(folder, threads=1)
-    asked = [{"role": "user", "content": "Name it.\nhello"}]
-    best = generator.choose(generator.tokenizer.prompt(asked), ["red", "blue", "green"], 2)
-    own = {"structured_outputs": {"choice": True}}
+@pytest.fixture(scope="module")
+def task(model, tmp_path_factory) -> Path:
+    """A folder of two tasks, of which one has an instruction and a set of answers."""
+    return export(model, tmp_path_factory.mktemp("task") / "f", context=2048, files={
+        "tasks.json": json.dumps({"color": {"choices": COLORS, "instruction": "Name it.\n"},
+                                  "talk": {"choices": [], "instruction": ""}})})
+
+
+def test_twenty_questions_of_a_task_have_the_same_answers_at_every_door(task) -> None:
+    """Behind the task's instruction: --lines, --choices, and OUT:TASK of the server."""
+    generator, questions = Generator(task, threads=1), [f"{word} {n}" for word in ("sky", "sea")
+                                                        for n in range(10)]
+    asked = [user(f"Name it.\n{text}") for text in questions]
+    texts = [said(generator, messages=chat) for chat in asked]
+    best = [generator.choose(chat, COLORS)[0].text for chat in asked]
+    assert len({*texts}) > 9 and len({*best}) > 1
+    for flags, wanted in ((("--task", "color", "--max-tokens", 9), texts),
+                          (("--choices", "color"), best)):
+        lines = command(task, "--lines", "--json", *flags, input="\n".join(questions))
+        assert [json.loads(line)["text"] for line in lines.stdout.splitlines()] == wanted
+    with serving(generator) as client:
+        for text, whole, answer in zip(questions, texts, best):
+            assert completed(client, text, 9, model="f:color").choices[0].message.content == (
+                whole.strip())
+            assert completed(client, text, model="f:color", extra_body=OWN).choices[
+                0].message.content == answer
+
+
+def test_a_task_is_a_model_with_its_instruction_and_its_answers(task) -> None:
+    generator, asked = Generator(task, threads=1), user("Name it.\nhello")
+    best = generator.choose(asked, COLORS, 2)
     with serving(generator) as client:
         assert [m.id for m in client.models.list()] == ["f", "f:color", "f:talk"]
-        for messages in ASK, asked:          # the instruction is not put twice
-            assert text_of(client, messages=messages, model="f:color") == (
-                said(generator, messages=asked).strip())
+        assert text_of(client, messages=asked, model="f:color") == (     # it is not put twice
+            said(generator, messages=asked).strip())
         assert text_of(client) == text_of(client, model="f:talk") == said(generator).strip()
-        found = ask(client, model="f:color", extra_body=own, logprobs=True, top_logprobs=2)
+        found = ask(client, model="f:color", extra_body=OWN, logprobs=True, top_logprobs=2)
         assert found.choices[0].message.content == best[0].text
         assert found.choices[0].likeliest == [
             {"text": a.text, "probability": pytest.approx(math.exp(a.logprob))} for a in best]
         named = {"structured_outputs": {"choice": ["yes", "no"]}}
-        answer = generator.choose(generator.tokenizer.prompt(ASK), ["yes", "no"])[0].text
+        answer = generator.choose(ASK, ["yes", "no"])[0].text
         assert text_of(client, extra_body=named) == answer
         assert "".join(c.choices[0].delta.content for c in ask(
             client, extra_body=named, stream=True)) == answer
@@ -404,38 +417,21 @@ def test_a_client_that_reads_nothing_holds_nobody_up(patient) -> None:
         assert b"was not read as it came" in end
 
 
-def test_requests_that_would_wait_for_many_are_refused(patient, monkeypatch) -> None:
+def test_so_many_may_wait_and_those_that_left_wait_no_more(patient, monkeypatch) -> None:
+    assert worker.WAITING == 32
     monkeypatch.setattr(worker, "WAITING", 1)
     with serving(patient) as client, sent(client, "a"):
         time.sleep(1)                        # the worker takes it
-        waiting = sent(client, "b")
-        time.sleep(1)
-        with pytest.raises(openai.InternalServerError, match="wait already: ask again") as refused:
-            completed(client, "c")
-        assert refused.value.status_code == 503
-        waiting.close()
-
-
-def test_those_that_left_wait_no_more(patient, monkeypatch) -> None:
-    assert worker.WAITING == 32
-    monkeypatch.setattr(worker, "WAITING", 2)
-    with serving(patient) as client, sent(client, "a"):
-        time.sleep(0.5)
-        for _ in range(4):
+        for _ in range(3):
             sent(client, "b").close()
             time.sleep(0.2)
         with sent(client, "c") as waiting:
             waiting.settimeout(0.5)
             with pytest.raises(TimeoutError):        # it waits, and is not refused
                 waiting.recv(1)
-
-
-def test_a_connection_that_says_nothing_is_closed(client, monkeypatch) -> None:
-    assert server.PATIENCE <= 10
-    monkeypatch.setattr(server, "PATIENCE", 0.3)
-    with socket.create_connection(address(client)) as silent:
-        silent.settimeout(5)
-        assert silent.recv(1) == b""
+            with pytest.raises(openai.InternalServerError, match="wait already: ask again") as no:
+                completed(client, "d")
+            assert no.value.status_code == 503
 
 
 def test_the_end_of_the_server_ends_an_answer(patient) -> None:
@@ -505,10 +501,11 @@ def test_other_sites_are_refused_unless_they_are_named(generator, client) -> Non
                 assert (answer.status == 200) == (allowed is not None)
 
 
-def test_a_slow_client_delays_nobody_and_is_given_up(client, monkeypatch) -> None:
-    assert server.PATIENCE < 60
+def test_silent_and_slow_clients_delay_nobody_and_are_given_up(client, monkeypatch) -> None:
+    assert server.PATIENCE == 10
     monkeypatch.setattr(server, "PATIENCE", 0.5)
-    with socket.create_connection(address(client)) as slow:
+    with socket.create_connection(address(client)) as silent, socket.create_connection(
+            address(client)) as slow:
         slow.sendall(HEAD % 999 + b"{")
         assert completed(client, "b").choices[0].message.content
         slow.settimeout(0.1)
@@ -520,6 +517,8 @@ def test_a_slow_client_delays_nobody_and_is_given_up(client, monkeypatch) -> Non
                         break
             else:
                 pytest.fail("the client was not given up")
+        silent.settimeout(5)
+        assert silent.recv(1) == b""
 
 
 def test_connections_are_bounded_and_a_body_is_not_awaited_without_the_key(generator, monkeypatch,
@@ -556,15 +555,13 @@ def test_json_by_a_schema(client) -> None:
         assert text_of(client, 300, extra_body={"response_format": form}) == text
 
 
-def test_schemas_that_cannot_be_kept_are_refused(client) -> None:
-    """Some only when the answer begins."""
+def test_a_schema_that_no_value_ends_is_refused_when_the_answer_begins(client) -> None:
     pytest.importorskip("llguidance")
     endless = {"type": "object", "properties": {"a": {"$ref": "#/$defs/x"}}, "required": ["a"]}
-    for schema, message in (({"not": {}}, "the schema cannot be compiled: .*not"),
-                            ({"$defs": {"x": endless}, **endless}, "no value that ends matches")):
-        form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
-        with pytest.raises(openai.BadRequestError, match=message):
-            ask(client, response_format=form)
+    form = {"type": "json_schema", "json_schema": {
+        "name": "s", "schema": {"$defs": {"x": endless}, **endless}}}
+    with pytest.raises(openai.BadRequestError, match="no value that ends matches"):
+        ask(client, response_format=form)
 
 
 def test_calls_are_of_offered_functions(tmp_path) -> None:
