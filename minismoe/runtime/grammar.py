@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ COMBINED, NAMING = {"anyOf", "oneOf", "$ref", "patternProperties"}, {"properties
 CALLS = 8                                    # of one answer: small models go on calling
 EXCLUDING = ("exclusiveMinimum", "exclusiveMaximum")
 BOUNDS = ("minimum", "maximum", *EXCLUDING)
-LARGEST, MULTIPLE = 32_000, 100_000          # bytes of a schema, and product of its multipleOf
+LARGEST, MULTIPLE = 32_000, 50_000           # bytes of a schema, and product of its multipleOf
 
 
 def json_grammar(schema: Any) -> str:
@@ -39,16 +40,18 @@ def _json(schema: Any) -> str:
     text = json.dumps(schema)
     if len(text) > LARGEST:                  # to compile it would take long
         raise ValueError(f"the schema has {len(text):,} bytes: at most {LARGEST:,} are read")
-    combines, multiple = '"allOf"' in text, 1.0
+    combines, multiple = '"allOf"' in text, 1
 
     def close(part: dict[str, Any]) -> dict[str, Any]:
         nonlocal combines, multiple
         _refuse_bounds(part)
-        factor = part.get("multipleOf")
-        multiple *= max(1.0, factor) if isinstance(factor, int | float) else 1.0
+        if type(factor := part.get("multipleOf")) in (int, float):
+            # llguidance counts in units of the last digit: of 0.25, in hundredths.
+            digits = f"{Decimal(str(factor)):f}".replace(".", "")
+            multiple *= max(1, int(digits))
         if multiple > MULTIPLE:              # its automaton has so many states
             raise ValueError("the numbers of multipleOf in the schema have a product above "
-                             f"{MULTIPLE:,}: give smaller ones")
+                             f"{MULTIPLE:,}, without decimal points: give smaller ones")
         constants = json.dumps([part.get(key) for key in ("const", "enum", "default", "examples")])
         combines = combines or bool(part.keys() & COMBINED and part.keys() & NAMING)
         combines = combines or "properties" in constants             # objects, and no schemas

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,9 @@ def test_tokens_that_alone_may_follow_are_read_in_one_step(generator) -> None:
 @pytest.mark.parametrize("schema, message", [
     ({"type": "strange"}, "the schema cannot be compiled: .*strange"),
     ({"not": {}}, "the schema cannot be compiled: .*not"),
-    ({"type": "integer", "multipleOf": 1 << 31}, "have a product above 100,000"),
-    ({"allOf": [{"multipleOf": 999}, {"multipleOf": 101}]}, "have a product above 100,000"),
+    ({"type": "integer", "multipleOf": 50_001}, "have a product above 50,000"),
+    ({"type": "integer", "multipleOf": 0.999999}, "have a product above 50,000"),
+    ({"allOf": [{"multipleOf": 999}, {"multipleOf": 51}]}, "have a product above 50,000"),
     ({"properties": {f"p{n}": {} for n in range(8000)}}, "at most 32,000 are read"),
     ({"$ref": "#/nowhere"}, "cannot be compiled"), ([], "the schema is no JSON object"),
     ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "the grammar cannot keep the"),
@@ -108,6 +110,13 @@ def test_a_schema_that_cannot_be_compiled_is_one_line_before_anything_is_read(
     with pytest.raises(ValueError, match=message) as refused:
         list(generator.generate("x", grammar=json_grammar(schema)))
     assert "\n" not in str(refused.value) and generator._caches[-1].tokens == []
+
+
+def test_the_largest_multiples_compile_in_a_second(generator) -> None:
+    start = time.process_time()
+    for multiple in 49_999, 0.49999, 0.01:
+        generator.matcher(json_grammar({"type": "integer", "multipleOf": multiple}))
+    assert time.process_time() - start < 2
 
 
 def test_bounds_are_kept_or_refused() -> None:
