@@ -17,8 +17,7 @@ from ..data.tokenizer import load_tokenizer
 from ..io.files import naming
 from ..io.process import give_back_memory, huge_page_ranges, use_huge_pages
 from .cache import FixedCache, GraphCache, SharedCache
-from .drafts import FILE as DRAFTS
-from .drafts import Drafts, read_drafts
+from .drafts import read_drafts
 from .folder import graph_of, plain_file, read_info
 from .npu import NpuSteps, SlotCache
 from .providers import CPU, Device, find_device, nodes_by_provider, open_session, preferred
@@ -52,9 +51,9 @@ class CachedModel:
         self._sampler = open_session(self.folder / "sampler.onnx", Device(), 1)
         shape = self._sampler.get_outputs()[-1].shape        # of the log-probabilities
         self.candidates: int = shape[1] if len(shape) == 2 else 0            # tokens to draw from
+        self.drafts = read_drafts(self.folder)
         self._check_graphs()
         self.tokenizer = load_tokenizer(self.folder)
-        self.drafts = self._read_drafts()
         give_back_memory()
         self.use(task)
         self.reset()
@@ -84,27 +83,19 @@ class CachedModel:
             huge_page_ranges() - ranges_before,)) if large else None
 
     def _check_graphs(self) -> None:
-        """Raise ValueError if export.json disagrees with the graphs."""
+        """Raise ValueError if export.json or drafts.json disagree with the graphs."""
         info, inputs = self.info, self.session.get_inputs()
         keys = [(i.type, *i.shape[1::2]) for i in inputs if i.name.endswith(".key")]
-        logits = self.session.get_outputs()[0]               # (1, N, V)
+        *_, rows, size = self.session.get_outputs()[0].shape      # of the logits: 1, N, V
         kind = {"float32": "tensor(float)", "float16": "tensor(float16)"}[info["cache_type"]]
-        if (len(keys) != info["layers"] or logits.shape[-1:] != [info["vocab_size"]]
+        if (len(keys) != info["layers"] or size != info["vocab_size"]
                 or {*keys} != {(kind, info["kv_heads"], info["head_dim"])}
                 or ("position_ids" in {i.name for i in inputs}) == (info["target"] == "ort")
                 or not (isinstance(self.candidates, int) and self.candidates)
-                or len(self._sampler.get_outputs()) != 3):
-            raise ValueError(f"{self.folder / 'export.json'} is not of this model.onnx and "
-                             "sampler.onnx: export again")
-
-    def _read_drafts(self) -> Drafts:
-        """The folder's table, without which there are no drafts; ValueError if the graph gives
-        logits of one token alone, as those do whose cache cannot take drafts back."""
-        table = read_drafts(self.folder)
-        if table and self.session.get_outputs()[0].shape[1] == 1:
-            raise ValueError(f"{self.folder / DRAFTS} needs logits of several tokens, and "
-                             "model.onnx gives those of one: export again")
-        return table
+                or len(self._sampler.get_outputs()) != 3
+                or (self.drafts and rows == 1)):         # drafts need logits of several tokens
+            raise ValueError(f"{self.folder / 'export.json'} is not of this model.onnx, "
+                             "sampler.onnx or drafts.json: export again")
 
     def cut(self, n: int) -> None:
         """Take out of the cache what it holds beyond n tokens."""
@@ -133,36 +124,31 @@ class CachedModel:
         next token."""
         self._take_cache([], 1)
 
-    def _take_cache(self, tokens: list[int], most: int) -> int:
-        """Put a cache last that holds a beginning of `tokens`, and nothing else; returns the
-        beginning's length. Of the others, the latest stay, so that there are at most `most`."""
+    def _take_cache(self, tokens: list[int], most: int) -> None:
+        """Put a cache last that holds a beginning of `tokens`, and nothing else: the longest that
+        there is. Of the others, the latest stay, so that there are at most `most`. If that is
+        above 1, a cache of which less than half would be of use stays whole for its own chat."""
         self._version += 1
-        cache, length = self._choose_cache(tokens, most)
-        del self._caches[:max(0, len(self._caches) + 1 - most)]  # first: a GPU may not hold both
-        self._caches.append(cache or self._kind(
-            self.session, self.info, self._memory, self._adapter, self._step_tokens))
-        return length
-
-    def _choose_cache(self, tokens: list[int], most: int) -> tuple[GraphCache | None, int]:
-        """Take out the cache with the longest beginning of `tokens`, cut to it; returns it and the
-        beginning's length, or None and 0. If `most` is above 1, a cache of which less than half
-        would be of use stays whole for its own chat."""
         shared = {cache: len(os.path.commonprefix([cache.tokens, tokens]))
                   for cache in self._caches if cache.adapter is self._adapter}
         usable = [cache for cache, length in shared.items()
                   if 2 * length >= len(cache.tokens) or most == 1]
         cache = max(usable, key=shared.__getitem__, default=None)
-        if cache is None or not cache.cut(shared[cache]):
-            return None, 0
-        self._caches.remove(cache)
-        return cache, shared[cache]
+        if cache and cache.cut(shared[cache]):
+            self._caches.remove(cache)
+        else:
+            cache = None
+        del self._caches[:max(0, len(self._caches) + 1 - most)]  # first: a GPU may not hold both
+        self._caches.append(cache or self._kind(
+            self.session, self.info, self._memory, self._adapter, self._step_tokens))
 
     def prefill(self, prompt: Sequence[int], check: Callable[[], None] = go_on,
                 ) -> tuple[ort.OrtValue, int]:
         """Read a prompt, from the first token that differs from what a cache holds; returns its
         last logits (1, N, V), and how many tokens were in the cache. The last token is read in any
         case, for its logits."""
-        cached = self._take_cache([*prompt[:-1]], self.most_caches)
+        self._take_cache([*prompt[:-1]], self.most_caches)
+        cached = len(self._caches[-1].tokens)
         return self.read(prompt[cached:], check), cached
 
     def read(self, tokens: Sequence[int], check: Callable[[], None] = go_on) -> ort.OrtValue:

@@ -1,12 +1,7 @@
-"""Slow: clients as people have them, beside OpenAI's own: llm, LangChain, a page of another site.
-
-pip install llm langchain-openai
-"""
+"""Slow: a page of another site in a browser, and two thousand requests."""
 
 import json
 import socket
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
-from exported import export, random_model, scripted
-from test_serve import ASK, GOOD, HEAD, TEMPLATE, address, completed, post, said, serving
+from exported import export, random_model
+from test_serve import ASK, GOOD, HEAD, address, completed, post, said, serving
 
 from minismoe.runtime import Generator
 
@@ -27,35 +22,6 @@ openai = pytest.importorskip("openai")
 def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
     folder = export(random_model(seed=3), tmp_path_factory.mktemp("clients") / "tiny", context=2048)
     return Generator(folder, threads=1, caches=4)
-
-
-def test_llm(generator: Generator, tmp_path: Path) -> None:
-    pytest.importorskip("llm")
-    with serving(generator) as client:
-        (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([
-            {"model_id": "tiny", "model_name": "tiny", "api_base": str(client.base_url)}]))
-        for more in [], ["--no-stream"]:
-            words = ["-m", "llm", "-m", "tiny", "hello", "-o", "max_tokens", "20", *more]
-            done = subprocess.run([sys.executable, *words], capture_output=True, text=True,
-                                  env={"LLM_USER_PATH": str(tmp_path), "PATH": ""})
-            assert done.stdout.strip() == said(generator, 20).strip(), done.stderr
-
-
-def test_langchain(generator: Generator, tmp_path: Path) -> None:
-    chat = pytest.importorskip("langchain_openai")
-    schema = {"title": "light", "description": "x", "type": "object", "required": ["on"],
-              "properties": {"on": {"type": "boolean"}}}
-    expected = said(generator, 20)
-    with serving(generator) as client:
-        model = chat.ChatOpenAI(base_url=str(client.base_url), api_key="none", model="tiny",
-                                max_tokens=20, max_retries=0)
-        assert model.invoke("hello").content == expected.strip()
-        assert "".join(part.content for part in model.stream("hello")) == expected
-        assert {*model.with_structured_output(schema, method="json_schema").invoke("hi")} == {"on"}
-    with serving(Generator(scripted(tmp_path / "f", "x", template=TEMPLATE), threads=1)) as client:
-        tools = chat.ChatOpenAI(base_url=str(client.base_url), api_key="none", model="tiny",
-                                max_tokens=300).bind_tools([schema], tool_choice="required")
-        assert tools.invoke("hi").tool_calls[0]["name"] == "light"
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium")
@@ -87,7 +53,7 @@ def test_a_page_of_another_site(generator: Generator, tmp_path: Path) -> None:
     site.server_close()
 
 
-def test_a_thousand_requests_of_eight_clients_three_of_them_broken(generator: Generator) -> None:
+def test_two_thousand_requests_of_eight_clients_three_of_them_broken(generator: Generator) -> None:
     """None is lost, and memory does not grow."""
     from minismoe.io.process import peak_resident
 

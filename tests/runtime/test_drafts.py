@@ -120,7 +120,7 @@ def test_a_table_needs_logits_of_several_tokens(folders, tmp_path):
     for kind in ("portable", "static"):
         folder = shutil.copytree(folders[kind], tmp_path / kind)
         write_drafts(folder, {(1,): 2})
-        with pytest.raises(ValueError, match="drafts.json needs logits .* export again"):
+        with pytest.raises(ValueError, match="sampler.onnx or drafts.json: export again"):
             Generator(folder, threads=1)
 
 

@@ -64,13 +64,19 @@ def test_each_family_says_what_torch_says(tmp_path, family, provider) -> None:
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("precision", TOLERANCES)
-def test_logits_are_those_of_the_cpu(model, tmp_path, precision, provider) -> None:
-    """Without the rounding of activations to 8 bits that the CPU does in few bits."""
-    folder = export(model, tmp_path / "f", precision=precision)
+@pytest.mark.parametrize("kind, precision", [*(("ort", p) for p in TOLERANCES), ("static", "fp32")])
+def test_logits_are_those_of_the_cpu(model, tmp_path, kind, precision, provider) -> None:
+    """With experts beside the matrices, without the rounding of activations to 8 bits that the CPU
+    does in few bits."""
+    torch.manual_seed(0)
+    experts = {name: ExpertLinear(layer, 1 + n % 4, 4, 8.0, 2)
+               for n, (name, layer) in enumerate(linear_layers(model).items())}
+    for layer in experts.values():
+        torch.nn.init.normal_(layer.lora_B, std=0.2)
+    folder = export(model, tmp_path / "f", kind, precision=precision, **experts)
     if (provider, precision) == ("openvino", "fp16"):
-        with pytest.raises(ValueError, match="on openvino: it refuses com.microsoft.QuickGelu: "
-                                             "export with another --precision or --target"):
+        with pytest.raises(ValueError, match="on openvino: .*com.microsoft.QuickGelu; if it refuses"
+                                             " operators, export with another --precision or --t"):
             Generator(folder, provider)
         return
     exact, generator = (Generator(folder, name, threads=1) for name in (None, provider))
@@ -79,21 +85,6 @@ def test_logits_are_those_of_the_cpu(model, tmp_path, precision, provider) -> No
         text = list(exact.generate(prompt, 12))
         wanted, found = (logits(g, [list(prompt)], [text])[0] for g in (exact, generator))
         assert (found - wanted).abs().max() < TOLERANCES[precision] * wanted.abs().max()
-
-
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("kind", ["ort", "static"])
-def test_experts_beside_matrices(model, tmp_path, kind, provider) -> None:
-    torch.manual_seed(0)
-    experts = {name: ExpertLinear(layer, 1 + n % 4, 4, 8.0, 2)
-               for n, (name, layer) in enumerate(linear_layers(model).items())}
-    for layer in experts.values():
-        torch.nn.init.normal_(layer.lora_B, std=0.2)
-    folder = export(model, tmp_path / "f", kind, **experts)
-    on_cpu, there = (Generator(folder, name, threads=1) for name in (None, provider))
-    text = list(on_cpu.generate(PROMPTS[1], 12))
-    wanted, found = (logits(g, [list(PROMPTS[1])], [text])[0] for g in (on_cpu, there))
-    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 @needs("webgpu")
@@ -186,23 +177,23 @@ def test_devices_are_chosen_by_kind_and_number(monkeypatch) -> None:
         find_device("openvino:GPU:2")
 
 
-def test_two_threads_that_capture_give_the_output_back() -> None:
-    before, first = [os.fstat(n).st_ino for n in (1, 2)], threading.Event()
-    captured: list[str] = []
+def test_two_threads_that_are_silent_give_the_output_back(capfd) -> None:
+    first = threading.Event()
 
     def other() -> None:
-        with providers.captured(captured):
+        with providers.silenced():
             first.wait(10)                   # it ends last
             os.write(1, b"second")
 
     thread = threading.Thread(target=other)
-    with providers.captured(captured):
+    with providers.silenced():
         thread.start()
         thread.join(0.2)
-        os.write(1, b"first")
+        os.write(2, b"first")
     first.set()
     thread.join()
-    assert [os.fstat(n).st_ino for n in (1, 2)] == before and captured == ["first", "second"]
+    os.write(1, b"third")
+    assert capfd.readouterr() == ("third", "")
 
 
 def test_threads_are_those_that_a_control_group_grants(tmp_path, monkeypatch) -> None:
@@ -226,14 +217,14 @@ def test_threads_are_those_that_a_control_group_grants(tmp_path, monkeypatch) ->
         assert process.processors() == found
 
 
-@pytest.mark.parametrize("allowed, asked, given", [(3, None, 3), (3, 2, 2), (8, None, 0)])
 def test_a_session_gets_the_threads_of_the_processors_that_it_may_use(
-        folders, monkeypatch, allowed, asked, given) -> None:
+        folders, monkeypatch) -> None:
     """Of eight; 0 lets onnxruntime take all physical cores."""
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(providers, "processors", lambda: allowed)
-    session = open_session(folders["ort"] / "model.onnx", Device(), asked)
-    assert session.get_session_options().intra_op_num_threads == given
+    for allowed, asked, given in (3, None, 3), (3, 2, 2), (8, None, 0), (8, 100_000, 64):
+        monkeypatch.setattr(providers, "processors", lambda allowed=allowed: allowed)
+        session = open_session(folders["ort"] / "model.onnx", Device(), asked)
+        assert session.get_session_options().intra_op_num_threads == given
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch) -> None:
@@ -253,7 +244,7 @@ def test_a_library_that_does_not_load_is_one_line(tmp_path, monkeypatch, folders
 
 @needs("webgpu")
 @pytest.mark.parametrize("settings, message", [
-    ({"VK_DRIVER_FILES": "/nowhere"}, "model.onnx on webgpu: Failed to get a WebGPU adapter"),
+    ({"VK_DRIVER_FILES": "/nowhere"}, "model.onnx on webgpu: .*Failed to get a WebGPU adapter"),
     ({"ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER": "0"}, "no device webgpu, or its driver is mis")])
 def test_a_broken_driver_is_one_line(folders, monkeypatch, settings, message) -> None:
     if find_device("webgpu").plugin.device.type.name != "CPU":
@@ -281,7 +272,7 @@ def test_a_graph_of_which_nothing_runs_there_is_refused(tmp_path) -> None:
 def test_a_graph_that_is_not_for_an_npu_is_refused_in_one_line(folders) -> None:
     run = command(folders["ort"], "hello", "--provider", "qnn")
     assert run.returncode == 1 and re.fullmatch(
-        "error: .* on qnn: it refuses /.* and others: .* \\(for qnn: npu\\)\n", run.stderr)
+        "error: .* on qnn: .*; if it refuses operators, .* \\(for qnn: npu\\)\n", run.stderr)
 
 
 def test_one_of_onnxruntime_itself_that_does_not_start_is_named(folders, monkeypatch) -> None:
