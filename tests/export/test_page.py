@@ -113,7 +113,7 @@ class Graph:
         roles = ("user", "assistant") * len(texts)
         chat = [{"role": "system", "content": self.system}] if self.system else []
         chat += [{"role": role, "content": text} for role, text in zip(roles, texts)]
-        return self.tokenizer.encode(self.tokenizer.render(chat, True))[0]
+        return self.tokenizer.encode_chat(chat, True).ids
 
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """The logits (V,) after these tokens."""
@@ -298,6 +298,13 @@ def test_a_chat(tmp_path: Path) -> None:
         # The last token of an answer is chosen, but not read.
         length, new = len(graph.prompt("Hello", first, "More")), len("?\nuser:More\nassistant:")
         assert title == f"The chat has {length} of 2048 tokens; {new} of them were new"
+
+        take(tab, "")
+        typed = "a<|end|>b \ufdd0"           # text, and no token
+        answer = ask(tab, typed)
+        assert answer == graph.says(len(answer), typed)
+        length = len(graph.prompt(typed))
+        assert f" {length} of 2048" in tab.js("document.querySelector('#status').title")
 
         drawn = set()
         for temperature, least in [(0.5, 0.01)] * 3 + [(-1, 0.99)]:

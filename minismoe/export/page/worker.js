@@ -3,6 +3,8 @@
 // Bytes of memory that a tab takes for a byte of weights: WASM turns each into a float as it loads,
 // and computes with copies of them.
 const TAKEN = { wasm: 13, webgpu: 3 };
+// Says that the next character is text, whatever it looks like; Unicode keeps it for such uses.
+const MARK = "\ufdd0", MARKED = /((?:\ufdd0.)+)/su;
 
 let files, reader, tokenizer, streamerOf, context, system, stops, go, answers = {}, stopped = false;
 
@@ -110,10 +112,17 @@ async function choose({ messages, task, choices }) {
   post("chosen", { best, seconds: (performance.now() - start) / 1000 });
 }
 
-// The tokens of a chat; throws if they leave no room for `more`.
+// The tokens of a chat; throws if they leave no room for `more`. The template alone writes special
+// tokens: what looks like one in a message is marked, and read as single characters.
 function prompt(messages, more) {
-  const ids = tokenizer.apply_chat_template([...system, ...messages], {
-    add_generation_prompt: true, return_tensor: false, return_dict: false });
+  const special = tokenizer.all_special_tokens;
+  const mark = text => special.reduce((text, token) => text.replaceAll(
+    token, [...token].map(character => MARK + character).join("")), text.replaceAll(MARK, MARK + MARK));
+  const chat = [...system, ...messages].map(({ role, content }) => ({ role, content: mark(content) }));
+  const text = tokenizer.apply_chat_template(chat, { add_generation_prompt: true, tokenize: false });
+  const parts = text.split(MARKED).flatMap((part, i) =>          // every second one is marked
+    i % 2 ? [...part.replace(/\ufdd0(.)/gsu, "$1")] : part || []);
+  const ids = parts.flatMap(part => tokenizer.encode(part, { add_special_tokens: false }));
   const over = ids.length + more - context;
   if (over > 0) throw new Error(`the text is ${over} tokens too long: begin a new chat`);
   return ids;
