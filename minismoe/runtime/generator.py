@@ -204,35 +204,29 @@ class Generator(CachedModel):
 
     def encoded(self, prompts: Sequence[Prompt], new: int = 1) -> list[list[int]]:
         """Token ids of prompts; raises ValueError if `new` more do not fit the context."""
-        rows, vocab = list[list[int]](), self.info["vocab_size"]
-        for number, given in enumerate(prompts, 1):
-            prompt = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
-            row, size = self._encode(given)
-            if row is None or self.room(len(row) + new - 1) < 1:
-                answer = f" for an answer of {new}" if new > 1 else ""
-                raise ValueError(f"{prompt} has {size}, which leaves no room{answer} in the "
-                                 f"context of {self.context}: shorten it, or export with a longer "
-                                 "--context or, of a static graph, past")
-            if not row:
-                raise ValueError(f"{prompt} is empty")
-            if not 0 <= min(row) <= max(row) < vocab:
-                raise ValueError(f"{prompt} has tokens outside of the model's {vocab}")
-            rows.append(row)
-        return rows
+        return [self._encoded(prompt, new, f"prompt {number} of {len(prompts)}" if len(prompts) > 1
+                              else "the prompt") for number, prompt in enumerate(prompts, 1)]
 
-    def _encode(self, prompt: Prompt) -> tuple[list[int] | None, str]:
-        """Token ids of a prompt, and its size in words. The ids are None if its text has more
-        characters than the context can hold: to encode them would take time and memory."""
-        chat: Any = prompt if prompt and isinstance(prompt[0], Mapping) else None
-        ids: Any = prompt
-        if chat or isinstance(prompt, str):
-            text = self.tokenizer.render(chat, True) if chat else str(prompt)
-            if len(text) > self.context and len(text) > self.context * (
-                    self.tokenizer.backend.longest):
-                return None, f"{len(text):,} characters"
-            ids = self.tokenizer.encode_chat(chat, True).ids if chat else (
+    def _encoded(self, prompt: Any, new: int, name: str) -> list[int]:
+        chat = prompt if prompt and isinstance(prompt[0], Mapping) else None
+        text = self.tokenizer.render(chat, True) if chat else prompt
+        ids, is_long = prompt, False
+        if isinstance(text, str):            # too many characters are refused before they take time
+            is_long = len(text) > self.context and (
+                len(text) > self.context * self.tokenizer.backend.longest)
+            ids = [] if is_long else self.tokenizer.encode_chat(chat, True).ids if chat else (
                 self.tokenizer.encode(text)[0])
-        return [*ids], f"{len(ids):,} tokens"
+        if is_long or self.room(len(ids) + new - 1) < 1:
+            size = f"{len(text):,} characters" if is_long else f"{len(ids):,} tokens"
+            answer = f" for an answer of {new}" if new > 1 else ""
+            raise ValueError(f"{name} has {size}, which leaves no room{answer} in the context of "
+                             f"{self.context}: shorten it, or export with a longer --context or, "
+                             "of a static graph, past")
+        if not ids:
+            raise ValueError(f"{name} is empty")
+        if not 0 <= min(ids) <= max(ids) < self.info["vocab_size"]:
+            raise ValueError(f"{name} has tokens outside of the model's {self.info['vocab_size']}")
+        return [*ids]
 
     def room(self, length: int) -> int:
         """How many tokens may follow a prompt of `length` tokens."""

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -100,17 +99,6 @@ def test_what_prompts_share_is_read_once(folders) -> None:
     assert generator.sizes == [len(prompts[0]) + 1, *[len("x\nAssistant: ")] * 2]
 
 
-def test_a_generation_that_goes_on_is_refused_and_the_next_is_right(generator) -> None:
-    expected = list(generator.generate(PROMPTS[1], 6))
-    begun = generator.generate(PROMPTS[1], 6)
-    next(begun)
-    generator.choose(PROMPTS[0], CHOICES)
-    with pytest.raises(RuntimeError, match="another generation"):
-        next(begun)
-    generator.choose(PROMPTS[1], CHOICES, 3)
-    assert list(generator.generate(PROMPTS[1], 6)) == expected
-
-
 @pytest.mark.parametrize("prompt, choices, message", [
     (PROMPTS[0], [], "the set of answers is empty"),
     (PROMPTS[0], ["a", " "], "an answer of the set is empty"),
@@ -142,30 +130,22 @@ THINK = CHATML.replace(
     "+ message['content']").replace("eos_token", "'<|im_end|>'")
 
 
-@pytest.mark.parametrize("template", [CHATML, THINK, None])
-def test_tokens_of_an_answer_are_those_that_training_supervises(bpe, template) -> None:
-    backend = FileTokenizer(bpe) if template else ByteTokenizer()
-    tokenizer = Tokenizer(backend, template, "", "<|im_end|>" if template else "<|end|>")
-    choices = ("yes", "the mat", "the answer is yes", "日本")
+@pytest.mark.parametrize("kind, template", [
+    ("bpe", CHATML), ("bpe", THINK), ("", None),
+    # Llama 2's tokenizer puts a space before what it encodes: an answer is not encoded by itself.
+    ("sentencepiece", CHATML.replace("eos_token", "'<|im_end|>'")), ("sentencepiece", None)])
+def test_tokens_of_an_answer_are_those_that_training_supervises(request, kind, template) -> None:
+    backend = FileTokenizer(request.getfixturevalue(kind)) if kind else ByteTokenizer()
+    tokenizer = Tokenizer(backend, template, "", "<|im_end|>" if kind else "<|end|>")
+    choices = ("hi", "ho ko", "k") if kind == "sentencepiece" else (
+        "yes", "the mat", "the answer is yes", "日本")
     if template == THINK:                    # </s> is a special token within the turn
         tokenizer.stop_ids = [backend.special["<|im_end|>"]]
         tokenizer.end_id = tokenizer.stop_ids[0]
-    check_answers(tokenizer, choices)
-
-
-def check_answers(tokenizer: Tokenizer, choices: Sequence[str]) -> None:
-    """Their tokens are those that training supervises."""
-    for tokens, text in answer_tokens(tokenizer, tuple(choices)).items():
+    for tokens, text in answer_tokens(tokenizer, choices).items():
         example = encode("t", [{"role": "user", "content": "question"},
                                {"role": "assistant", "content": text}], tokenizer)
         assert [*tokens] == [label for label in example.labels if label != IGNORE]
-
-
-@pytest.mark.parametrize("template", [CHATML.replace("eos_token", "'<|im_end|>'"), None])
-def test_a_space_before_every_text_is_no_part_of_an_answer(sentencepiece, template) -> None:
-    """Llama 2's tokenizer puts one before what it encodes; an answer is not encoded by itself."""
-    tokenizer = Tokenizer(FileTokenizer(sentencepiece), template, "", "<|im_end|>")
-    check_answers(tokenizer, ("hi", "ho ko", "k"))
 
 
 # Where the set comes from.

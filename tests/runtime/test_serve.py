@@ -444,6 +444,20 @@ def test_the_end_of_the_server_ends_an_answer(patient) -> None:
         connection.close()
 
 
+def test_a_worker_that_hangs_does_not_hold_the_server(folder, monkeypatch) -> None:
+    monkeypatch.setattr(worker, "PATIENCE", 0.2)
+    done = threading.Event()
+
+    def hangs() -> Generator:
+        done.wait(30)
+        raise ValueError("too late")
+    with serving(hangs, folder=folder) as client, sent(client, "a"):
+        time.sleep(0.5)
+        start = time.monotonic()
+    assert time.monotonic() - start < 5
+    done.set()
+
+
 def test_answers_over_one_connection_come_at_once(client) -> None:
     """Nagle's algorithm would wait 40 ms for an acknowledgement within each."""
     connection, start = http.client.HTTPConnection(*address(client), timeout=30), time.monotonic()
