@@ -12,6 +12,7 @@ from minismoe.export.settings import ExportConfig
 from minismoe.export.ship import Part, freeze_and_round, sharing_copy
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.freeze import Fit, TaskFits, frozen_layer, merged, no_fits
+from minismoe.method.loss import IGNORE
 
 V, D = SMALL["vocab_size"], SMALL["hidden_size"]
 COUNTS = {f"model.layers.{i}.{name}": count for i in range(2) for name, count in {
@@ -44,7 +45,8 @@ def tasks(rows: int = 8, pad: str = "right") -> dict[str, list[Data]]:
 def fit(model: Any, data: dict[str, list[Any]]) -> TaskFits:
     """The fits of an export: of each task, and of all of them together (None); all tokens count
     alike, as there are no answers."""
-    data = {task: [(ids, mask) for ids, mask, *_ in batches] for task, batches in data.items()}
+    data = {task: [(ids, mask, torch.full_like(ids, IGNORE)) for ids, mask, *_ in batches]
+            for task, batches in data.items()}
     fits = no_fits(expert_layers(model), data, (None, *data))
     nothing = Part(ExportConfig(routing="dynamic", precision="fp32"), sharing_copy(model), {})
     freeze_and_round(nothing, model, data, fits)

@@ -91,23 +91,17 @@ def print_lost(tasks: Sequence[Task], before: Tokenizer, after: Tokenizer) -> No
                 rows))
 
 
-def logprobs(inputs: Inputs) -> dict[str, float]:
-    """By task, the mean log-probability of the right answers to the test lines, whole answers, in
-    nats; whatever the tokens."""
-    found = {}
-    for name, examples in inputs.test.items():
-        if examples:
-            loss, *_ = token_scores(inputs.model, examples, inputs.tokenizer.pad_id)
-            found[name] = -loss * sum(e.supervised for e in examples) / len(examples)
-    return found
-
-
 def print_logprobs(whole: Inputs, fewer: Inputs) -> None:
-    """Print what fewer tokens cost the right answers, by task."""
-    after = logprobs(fewer)
-    print(table(["log-probability of right answers", "all tokens", "fewer"], [
-        [clean(name), f"{before:.4f}", f"{after[name]:.4f}"]
-        for name, before in logprobs(whole).items()]))
+    """Print what fewer tokens cost: by task, the mean log-probability of the right answers to the
+    test lines, whole answers, in nats; whatever the tokens."""
+    rows = []
+    for name in (name for name, examples in whole.test.items() if examples):
+        rows.append([clean(name)])
+        for inputs in whole, fewer:
+            examples = inputs.test[name]
+            loss, *_ = token_scores(inputs.model, examples, inputs.tokenizer.pad_id)
+            rows[-1].append(f"{-loss * sum(e.supervised for e in examples) / len(examples):.4f}")
+    print(table(["log-probability of right answers", "all tokens", "fewer"], rows))
 
 
 def hint(source: Source, info: Mapping[str, Any]) -> str:

@@ -78,15 +78,14 @@ class State:
     """A batch on its way through a decoder. What its texts begin with alike is there once."""
 
     def __init__(self, model: CausalLM, batch: Batch):
-        ids, mask, *labels = batch
+        (ids, mask, labels), device = batch, model.model.norm.weight.device
         numbers = mask.cumsum(1)                                 # of tokens in their texts, from 1
         ends = numbers == mask.sum(1, keepdim=True)              # what lies before may be shared
-        self.tokens = Tokens(ids, mask, model.config, model.model.norm.weight.device, ends)
+        self.tokens = Tokens(ids, mask, model.config, device, ends)
         self.tokens.read = None                                  # all rows are read
         places = torch.arange(len(ids))[:, None] * ids.shape[1] + numbers - 1
-        answers = [places[supervised_tokens(mask, each)[0]] for each in labels]
-        at = torch.cat(answers or [places[:0, 0]]).to(self.tokens.sources.device)
-        self.answers = self.tokens.sources[at]                   # (S,)
+        answers = places[supervised_tokens(mask, labels)[0]]
+        self.answers = self.tokens.sources[answers.to(device)]   # (S,)
         self.x, self.ropes = model.model.embed(self.tokens)
 
     def run(self, layer: nn.Module, rope: str) -> None:
@@ -110,19 +109,18 @@ class Calibration:
 
     def __init__(self, model: CausalLM, batches: Batches):
         self.model, self.tasks, self.states = model, [*batches], list[State]()
-        task, held, times = list[Tensor](), list[Tensor](), list[Tensor]()
+        self.token_weights, rows = dict[str, Tensor](), list[Tensor]()   # (T,) each, by module
         for number, of_task in enumerate(batches.values()):
             samples = 0
             for batch in of_task:
                 self.states.append(State(model, batch))
                 tokens = self.states[-1].tokens
-                task.append(torch.full_like(tokens.repeats, number))
-                held.append((samples + tokens.batch_rows) % HOLD == 1)
-                times.append(tokens.repeats)
+                rows.append(torch.stack([torch.full_like(tokens.repeats, number), tokens.repeats,
+                                         (samples + tokens.batch_rows) % HOLD]))
                 samples += len(batch[0])
-        if self.states:
-            self.task, self.held, self.times = map(torch.cat, (task, held, times))       # (T,)
-        self.token_weights = dict[str, Tensor]()                 # (T,) each, by module
+        if rows:
+            self.task, self.times, sample = torch.cat(rows, 1)                           # (T,)
+            self.held = sample == 1
 
     def weigh(self) -> None:
         """Let tokens count as the answers depend on them, if the texts have answers."""

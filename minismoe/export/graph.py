@@ -32,8 +32,7 @@ from .weights import GraphFormat, WeightStore
 
 
 class DecoderBuilder:
-    """Writes the decoder of one model into a graph, by methods that are the modules of
-    model/decoder.py, leaf to root."""
+    """Writes the decoder of a model, by methods that are the modules of model/decoder.py."""
 
     def __init__(self, graph: Graph, weights: WeightStore):
         self.graph, self.config, self.weights, form = graph, weights.config, weights, weights.form
@@ -42,8 +41,7 @@ class DecoderBuilder:
         self.parameter, self.linear = weights.parameter, LinearLayers(graph, weights).linear
         self.positions, c = Positions(graph, self.config, form), self.config
         self.heads = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        # Convolutions and delta nets cannot take back a draft.
-        self.rows = 1 if c.convolutions else form.last
+        self.rows = 1 if c.convolutions else form.last       # those cannot take back a draft
         # The scale of the residual stream. Gemma 3's reaches 100,000, more than float16 holds; what
         # it adds up comes from norms, and what reads it are norms.
         self.stream = 2.0 ** -6 if c.post_norms and form.dtype == torch.float16 else 1.0
@@ -105,10 +103,11 @@ class DecoderBuilder:
                 f"{name}.{part}_norm"), c.rms_norm_eps) for part, x, heads in (
                     ("q", q, H), ("k", k, K)))
         y = self.node(
-            "GroupQueryAttention", name, q, k, v, *cached("past_key_values", i),
-            *self.positions.lengths, *self.positions.rotary[c.ropes[i]],
-            named=[f"{name}.y", *cached("present", i)], domain="com.microsoft", num_heads=H,
-            kv_num_heads=K, do_rotary=int(c.ropes[i] != ""), scale=c.attention_scale,
+            "GroupQueryAttention", name, q, k, v, f"past_key_values.{i}.key",
+            f"past_key_values.{i}.value", *self.positions.lengths,
+            *self.positions.rotary[c.ropes[i]], domain="com.microsoft", num_heads=H,
+            named=[f"{name}.y", f"present.{i}.key", f"present.{i}.value"], kv_num_heads=K,
+            do_rotary=int(c.ropes[i] != ""), scale=c.attention_scale,
             local_window_size=c.windows[i] or -1)[0]
         return y if not gate else self.node("Mul", f"{name}.gate", y, self.node(
             "Sigmoid", f"{name}.gate", gate))
@@ -231,8 +230,7 @@ class DecoderBuilder:
     def head(self, x: str) -> None:
         """Hidden states (1, T, D) -> logits (1, N, V) of the last tokens."""
         name, last = "lm_head", self.last(x)                                     # (N, D)
-        # Float32 logits are the output of the product: one more operator would copy them.
-        named = ["logits"] if self.dtype == torch.float32 else []
+        named = ["logits"] if self.dtype == torch.float32 else []    # a cast would copy them
         table = "model.embed_tokens" if self.config.tie_word_embeddings else name
         stored, w = self.weights.vocabulary(table), matrix(self.weights.leaf(table))
         if not self.weights.is_float(w):
@@ -250,8 +248,8 @@ class DecoderBuilder:
         name = "lm_head.last"
         if self.rows == 1:
             return self.node("Gather", name, x, -1, axis=1)
-        return self.node("Squeeze", name, self.node("Slice", name, x, [-self.rows], [END], [1]),
-                         [0])
+        few = self.node("Slice", name, x, [-self.rows], [END], [1])
+        return self.node("Squeeze", name, few, [0])
 
     def build(self) -> None:
         """Write every node between the inputs and the outputs."""
@@ -292,18 +290,13 @@ class DecoderBuilder:
         for values, when, keys, n in (
                 (self.graph.inputs, "past", "past_key_values", past),
                 (self.graph.outputs, "present", "present", present)):
-            values += [value(name, kind, [1, K, n, C])
-                       for i in c.attention_layers for name in cached(keys, i)]
+            values += [value(f"{keys}.{i}.{part}", kind, [1, K, n, C])
+                       for i in c.attention_layers for part in ("key", "value")]
             values += [value(f"{when}_conv.{i}", kind, [1, channels, c.conv_size - 1])
                        for i, channels in c.convolutions.items()]
             values += [value(f"{when}_recurrent.{i}", TensorProto.FLOAT, [
                 1, c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim])
                 for i in c.delta_layers]
-
-
-def cached(kind: str, layer: int) -> tuple[str, str]:
-    """Names of a layer's key and value; kind: past_key_values or present."""
-    return f"{kind}.{layer}.key", f"{kind}.{layer}.value"
 
 
 def write_decoder(file: Path, model: CausalLM, form: GraphFormat,

@@ -14,7 +14,6 @@ of a matrix or a group.
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -39,9 +38,9 @@ def round_experts(shipped: CausalLM, form: GraphFormat) -> None:
     it: each parameter holds what the blocks, `stored_A`, stand for."""
     layers: Any = expert_layers(shipped)
     for layer in layers.values():
-        bits, block = storage(layer)
-        if bits and form.dtype != torch.float16:
-            layer.stored_A = quantize(layer.lora_A.flatten(0, 1), A_BITS, block)
+        w = matrix(layer)
+        if not isinstance(w, Tensor) and form.dtype != torch.float16:
+            layer.stored_A = quantize(layer.lora_A.flatten(0, 1), A_BITS, w.size)
             layer.lora_A = nn.Parameter(dequantize(layer.stored_A).view_as(layer.lora_A))
 
 
@@ -55,11 +54,8 @@ class LinearLayers:
 
     def linear(self, names: Sequence[str], x: str, label: str = "") -> str:
         """x (1, T, in) -> (1, T, sum of out), by the modules `names`. label: the name of the nodes,
-        by default that of the first module. Neighbours of the same bits are one product."""
+        by default that of the first module."""
         label, leaves = label or names[0], {name: self.weights.leaf(name) for name in names}
-        products = [[*part] for _, part in groupby(names, lambda n: storage(leaves[n]))]
-        if len(products) > 1:
-            return self.node("Concat", label, *(self.linear(part, x) for part in products), axis=-1)
         y = self.weights.product(names, label, x, [matrix(leaf) for leaf in leaves.values()])
         biases = [leaf.bias for leaf in leaves.values() if leaf.bias is not None]
         if biases:
@@ -146,9 +142,3 @@ class LinearLayers:
                     "value", TensorProto.FLOAT, [1], [-math.inf]))
             self.no_choices[G, E] = y
         return self.no_choices[G, E]
-
-
-def storage(leaf: nn.Linear) -> tuple[int, int]:
-    """Bits and block of what a layer stores; 0 for floats."""
-    w = matrix(leaf)
-    return (0, 0) if isinstance(w, Tensor) else (w.bits, w.size)

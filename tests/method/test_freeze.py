@@ -27,6 +27,7 @@ from minismoe.method.freeze import (
     solve,
 )
 from minismoe.method.hooks import reads as groups
+from minismoe.method.loss import IGNORE
 
 
 def reads(model: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
@@ -182,9 +183,9 @@ def test_layers_that_read_the_same_are_one_group() -> None:
 
 def test_a_prefix_that_texts_share_counts_as_often_as_it_is_there() -> None:
     model, (ids, mask, _) = model_of().requires_grad_(False), batch(0)
-    ids[:, :2] = ids[:1, :2].clone()
+    ids[:, :2], labels = ids[:1, :2].clone(), torch.full_like(ids, IGNORE)
     together, apart = (Calibration(model, {"a": batches}) for batches in (
-        [(ids, mask)], [(ids[i:i + 1], mask[i:i + 1]) for i in range(8)]))
+        [(ids, mask, labels)], [*zip(*(t.split(1) for t in (ids, mask, labels)))]))
     assert len(together.times) == mask.sum() - 14 and len(apart.times) == mask.sum()
     for number in range(2):
         found, same = together.run_layer(number), apart.run_layer(number)
