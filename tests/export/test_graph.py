@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from minismoe.export import graph as graphs
 from minismoe.export.graph import DecoderBuilder, write_decoder
-from minismoe.export.nodes import Graph
 from minismoe.export.plan import refuse
-from minismoe.export.steps import put_in_steps, write_sampler
-from minismoe.export.weights import PRECISIONS, GraphFormat, WeightStore
+from minismoe.export.steps import write_sampler
+from minismoe.export.weights import PRECISIONS, GraphFormat
 from minismoe.method.experts import ExpertLinear, expert_layers, linear_layers
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
@@ -396,19 +395,15 @@ def test_external_data_and_names(model: Callable[..., CausalLM], tmp_path: Path)
     for name in ("/model/layers.0/self_attn/qkv_proj/MatMul", "/model/layers.1/mlp/QuickGelu",
                  "/model/embed_tokens/Gather", "/lm_head/Gemm"):
         assert name in names
-    end, large = 0, 0
-    for tensor in graph.initializer:
-        if not tensor.external_data:
-            assert len(tensor.raw_data) <= 1024
-            continue
-        where = {e.key: e.value for e in tensor.external_data}
-        offset, length = int(where["offset"]), int(where["length"])
-        assert where["location"] == "m.onnx.data"
-        assert offset >= end
-        assert offset % (1 << 16 if length >= 1 << 20 else 1 << 12) == 0
-        end, large = offset + length, large + (length >= 1 << 20)
-    assert end == os.path.getsize(tmp_path / "m.onnx.data")
-    assert large == 2
+    assert all(len(tensor.raw_data) <= 1024 for tensor in graph.initializer)
+    stored = [{e.key: e.value for e in t.external_data} for t in graph.initializer
+              if t.external_data]
+    assert {where["location"] for where in stored} == {"m.onnx.data"}
+    places = [(int(where["offset"]), int(where["length"])) for where in stored]
+    for (start, length), end in zip(places, [0, *map(sum, places)]):
+        assert start >= end and start % (1 << 16 if length >= 1 << 20 else 1 << 12) == 0
+    assert sum(places[-1]) == os.path.getsize(tmp_path / "m.onnx.data")
+    assert sum(length >= 1 << 20 for _, length in places) == 2
 
 
 # Limits
@@ -446,45 +441,23 @@ def test_sampler(tmp_path: Path, vocab: int) -> None:
 def test_a_graph_in_steps_writes_what_single_steps_write(
         model: Callable[..., CausalLM], family: str, tmp_path: Path) -> None:
     """Tokens, last logits and cache; the loop ends where it stops."""
-    m = model(family)
     form = GraphFormat("ort", "q8", 64)
-
-    def written(name: str, stops: list[int] | None) -> Path:
-        with (tmp_path / f"{name}.data").open("wb") as data:
-            graph = Graph(data)
-            decoder = DecoderBuilder(graph, WeightStore(graph, stored(m, form), form))
-            decoder.declare()
-            decoder.build()
-        if stops is not None:
-            put_in_steps(graph, stops)
-        graph.save(tmp_path / name)
-        return tmp_path / name
-
-    file = written("single.onnx", None)
-    graph = onnx.load(str(file), load_external_data=False)
-    ids = torch.randint(0, m.config.vocab_size, (1, 5), generator=torch.Generator().manual_seed(0))
-    empty = {v.name: torch.zeros([d.dim_value for d in v.type.tensor_type.shape.dim]).numpy()
-             for v in graph.graph.input[2:]}
-    session, new, past, tokens = ort.InferenceSession(str(file)), ids, empty, []
-    names = [v.name for v in session.get_outputs()]
-    for n in range(6):
-        found = dict(zip(names, session.run(None, {
-            "input_ids": new.numpy(), "attention_mask": torch.ones(
-                1, 5 + n, dtype=torch.int64).numpy(), **past})))
-        new = torch.from_numpy(found["logits"])[:, -1].argmax(-1, keepdim=True)
-        tokens.append(new)
-        past = {v: found[v.replace("past_key_values", "present").replace("past_", "present_")]
-                for v in empty}
+    m, tokens = stored(model(family), form), list[Tensor]()
+    write_decoder(tmp_path / "single.onnx", m, form)
+    single, ids = Runner(tmp_path / "single.onnx"), random_ids(5)
+    for _ in range(6):
+        logits = single(tokens[-1] if tokens else ids)
+        tokens.append(logits[:, -1].argmax(-1, keepdim=True))
     never = next(i for i in range(m.config.vocab_size) if not (torch.stack(tokens) == i).any())
     for stops in ([], [never], tokens[2].flatten().tolist()):
-        together = ort.InferenceSession(str(written("steps.onnx", stops)))
+        write_decoder(tmp_path / "steps.onnx", m, form, stops)
+        steps = Runner(tmp_path / "steps.onnx")
         for count in (1, 6):
-            mask = torch.ones(1, 5, dtype=torch.int64)
-            mask[0, 4] = count
-            said = dict(zip([*names, "tokens"], together.run(None, {
-                "input_ids": ids.numpy(), "attention_mask": mask.numpy(), **empty})))
-            ends = [n for n, token in enumerate(tokens, 1) if int(token) in stops]
-            length = min([count, *ends])
-            assert torch.equal(torch.from_numpy(said["tokens"]), torch.stack(tokens)[:length])
+            mask = torch.tensor([[1, 1, 1, 1, count]])
+            *state, said = steps.session.run(None, {
+                "input_ids": ids.numpy(), "attention_mask": mask.numpy(), **steps.past})
+            length = min([count, *(n for n, token in enumerate(tokens, 1) if int(token) in stops)])
+            assert torch.equal(torch.from_numpy(said), torch.stack(tokens)[:length])
             if length == 6:
-                assert all((said[name] == found[name]).all() for name in names)
+                assert all((ours == theirs).all() for ours, theirs in zip(
+                    state, (logits.numpy(), *single.past.values()), strict=True))

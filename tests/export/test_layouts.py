@@ -14,9 +14,10 @@ import torch
 from accelerators import needs
 from exported import stored
 from safetensors import safe_open
-from tiny import CHATML, random_hf
+from tiny import BYTES, CHATML, random_hf, save_imaged
 from torch import Tensor
 
+import export
 from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
 from minismoe.export.graph import write_decoder
 from minismoe.export.layers import AdapterLinear
@@ -27,9 +28,11 @@ from minismoe.export.layouts import (
     write_hf,
     write_peft,
     write_web,
+    write_weights,
 )
 from minismoe.export.weights import GraphFormat
-from minismoe.io.files import read_json
+from minismoe.io.files import read_json, write_json
+from minismoe.method.experts import linear_layers
 from minismoe.method.freeze import Fit
 from minismoe.model.checkpoint import load_model
 from minismoe.model.config import Config
@@ -122,25 +125,28 @@ def any_run(request: pytest.FixtureRequest) -> Run:
     return request.getfixturevalue(request.param)
 
 
-def test_the_run_stops_where_only_the_template_says(run: Run) -> None:
-    stops = load_tokenizer(run.base).stop_ids
-    assert stops == [0, FileTokenizer(run.base / "tokenizer.json").special["<|im_end|>"]]
-    assert generate(run.merged, [run.prompt], LIMIT, stops) == [run.tokens]
-    assert generate(run.merged, [run.prompt], LIMIT, [0]) != [run.tokens]
-    assert generate(load_model(run.base), [run.prompt], LIMIT, stops) != [run.tokens]
+@pytest.fixture(scope="module", params=["llama", "smollm3", "granite", "granite4", "gemma3", "lfm2",
+                                        "qwen3_5"])
+def family_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Of bytes: low-rank pairs of several ranks for all matrices of a family."""
+    base, g = tmp_path_factory.mktemp(request.param), torch.Generator().manual_seed(0)
+    random_hf(request.param, vocab_size=BYTES["vocab_size"], hidden_size=64,
+              head_dim=32 if request.param == "qwen3_5" else 16, eos_token_id=257,
+              mamba_n_heads=64, tie_word_embeddings=request.param in ("lfm2", "qwen3_5")
+              ).save_pretrained(base)
+    config = read_json(base / "config.json")
+    if config["model_type"] == "granitemoehybrid":   # as it is published, and transformers.js reads
+        write_json(base / "config.json", config | {"layer_types": ["attention"] * 2})
+    shapes = {name: layer.weight.shape for name, layer in linear_layers(load_model(base)).items()}
+    pairs = {name: Fit(torch.randn(2 + n % 3, inputs, generator=g) * 0.1,
+                       torch.randn(out, 2 + n % 3, generator=g) * 0.1)
+             for n, (name, (out, inputs)) in enumerate(shapes.items())}
+    tokenizer, merged = load_tokenizer(base), merge(base, pairs)
+    prompt = tokenizer.encode(tokenizer.render(CHAT, add_generation_prompt=True))[0]
+    return Run(base, pairs, merged, prompt, generate(merged, [prompt], LIMIT, [257])[0])
 
 
 # Files of the base
-
-def test_base_files_name_every_stop_id(run: Run, tmp_path: Path) -> None:
-    copy_base_files(run.base, tmp_path)
-    tokenizer = load_tokenizer(run.base)
-    assert read_json(tmp_path / "generation_config.json")["eos_token_id"] == [*tokenizer.stop_ids]
-    copy = load_tokenizer(tmp_path)
-    assert copy.stop_ids == tokenizer.stop_ids
-    assert copy.render(CHAT, True) == tokenizer.render(CHAT, True)
-    assert read_json(tmp_path / "tokenizer_config.json")["chat_template"] == CHATML
-
 
 def test_bytes_become_a_tokenizer_json(tmp_path: Path) -> None:
     """The built-in toy has no tokenizer file; what other programs get says the same."""
@@ -231,6 +237,21 @@ def test_we_open_our_own(any_run: Run, hf: Path) -> None:
         assert torch.equal(ours, theirs), name
 
 
+@torch.no_grad()
+def test_transformers_and_peft_compute_the_same(family_run: Run, tmp_path: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    run, auto = family_run, transformers.AutoModelForCausalLM
+    for layout in ("hf", "peft"):
+        copy_base_files(run.base, tmp_path / layout)
+        write_weights(layout, run.base, str(run.base), run.pairs, tmp_path / layout)
+    ids = torch.arange(40).view(2, 20) * 6
+    want = run.merged(ids)
+    for model in (auto.from_pretrained(tmp_path / "hf"), peft.PeftModel.from_pretrained(
+            auto.from_pretrained(run.base), tmp_path / "peft").eval()):
+        assert (model(ids).logits - want).abs().max() <= 2e-5 * want.abs().max()
+    assert (auto.from_pretrained(run.base)(ids).logits - want).abs().max() > 1e-3 * want.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtype_and_shards_stay(run: Run, tmp_path: Path, dtype: torch.dtype) -> None:
     theirs = random_hf("llama_tied", **SIZES).to(dtype)
@@ -251,19 +272,6 @@ def test_dtype_and_shards_stay(run: Run, tmp_path: Path, dtype: torch.dtype) -> 
         assert p.dtype == dtype and torch.equal(p, expected[name]), name
     with safe_open(files[0], "pt") as f:
         assert f.metadata() == {"format": "pt"}
-
-
-def test_a_single_shard_keeps_its_index(run: Run, tmp_path: Path) -> None:
-    base, out, shard = tmp_path / "base", tmp_path / "out", "model-00001-of-00001.safetensors"
-    shutil.copytree(run.base, base)
-    (base / "model.safetensors").rename(base / shard)
-    with safe_open(base / shard, "pt") as f:
-        index = {"weight_map": dict.fromkeys(f.keys(), shard)}
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    copy_base_files(base, out)
-    write_hf(out, base, run.pairs)
-    for ours, theirs in zip(load_model(out).parameters(), run.merged.parameters()):
-        assert torch.equal(ours, theirs)
 
 
 # onnxruntime-genai
@@ -361,6 +369,14 @@ def test_genai_says_the_same_and_stops(any_run: Run, tmp_path: Path, target: str
     assert prompt == any_run.prompt
     assert tokens == [*any_run.tokens, tokenizer.stop_ids[-1]]
     assert text.removesuffix("<|im_end|>").removesuffix("<|end|>") == any_run.text
+
+
+def test_genai_says_the_same_of_a_family(family_run: Run, tmp_path: Path) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+    decoder(family_run, tmp_path)
+    write_genai(tmp_path, CONTEXT)
+    prompt, tokens, _ = genai_says(og.Model(str(tmp_path)))
+    assert (prompt, tokens[:len(family_run.tokens)]) == (family_run.prompt, family_run.tokens)
 
 
 # In a process of its own: a provider's library serves one of the two onnxruntimes only.
@@ -478,8 +494,7 @@ def test_a_web_folder_holds_graphs_that_open(any_run: Run, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("theirs", [
-    "x", None, [1], {"use_external_data_format": True}, {"kv_cache_dtype": "float16"},
-    {"use_external_data_format": None, "kv_cache_dtype": None, "dtype": {"model": "q8"}},
+    None, [1], {"use_external_data_format": True, "dtype": {"model": "q8"}},
     {"kv_cache_dtype": {"q4f16": "float16"}, "device_config": {"wasm": {"dtype": "int8"}}}])
 def test_what_a_base_says_for_transformers_js(run: Run, tmp_path: Path, theirs: Any) -> None:
     """In whatever form, it is of the base's own files, some of which the folder lacks."""
@@ -511,6 +526,33 @@ def test_transformers_js_says_the_same(any_run: Run, tmp_path: Path, block: int)
         any_run, ort_step(session_of(web / "onnx/model_quantized.onnx")))
     assert web_says(web)["tokens"] == greedy(
         any_run, ort_step(session_of(web / "onnx/model_q4.onnx")))
+
+
+@needs_node
+def test_transformers_js_says_the_same_of_a_family(family_run: Run, tmp_path: Path) -> None:
+    copy_base_files(family_run.base, tmp_path / "web")
+    write_web(tmp_path / "web", family_run.merged, GraphFormat("ort", "fp32", CONTEXT),
+              load_tokenizer(family_run.base).stop_ids)
+    said = web_says(tmp_path / "web")
+    assert (said["prompt"], said["tokens"][:len(family_run.tokens)]) == (
+        family_run.prompt, family_run.tokens)
+
+
+@needs_node
+@pytest.mark.parametrize("precision", ["fp32", "q8"])
+def test_transformers_js_opens_the_text_of_a_model_with_images(
+        precision: str, tmp_path: Path, succeed) -> None:
+    """What export.py writes of a checkpoint with images says what PyTorch does."""
+    base, web = tmp_path / "base", tmp_path / "web"
+    save_imaged(base, True)
+    succeed(export.main, "--model", base, "--out", web, "--layout", "web", "--precision", precision)
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    if precision == "q8":
+        model = stored(model, GraphFormat("ort", precision, CONTEXT))
+    prompt = tokenizer.encode(tokenizer.render(CHAT, add_generation_prompt=True))[0]
+    tokens = generate(model, [prompt], LIMIT, tokenizer.stop_ids)[0]
+    said = web_says(web)
+    assert (said["prompt"], said["tokens"][:len(tokens)]) == (prompt, tokens)
 
 
 # .onnx_adapter

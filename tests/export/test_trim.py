@@ -25,8 +25,6 @@ from minismoe.method.experts import expert_layers
 from minismoe.method.vocabulary import BPE, tokens_to_keep
 from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.runtime import Generator
-from minismoe.runtime import serve as server
-from minismoe.runtime.api import Api
 from minismoe.runtime.grammar import json_grammar
 
 TEXTS = ["the cat sat on the mat", "a man ran again"]
@@ -221,24 +219,18 @@ def test_an_export_says_what_a_large_vocabulary_takes(make: Make, data: list[str
 
 @pytest.mark.parametrize("count, says", [
     (64, "--vocab: 64 tokens are too few: special tokens, bytes and the texts take"),
-    (330, "--vocab 384: the base has 334 tokens, so none would be left out")])
+    (330, "--vocab 384: the base has 334 tokens, so none would be left out"),
+    (200, "--vocab: the model reads bytes")])
 def test_sizes_that_cannot_be_meant_are_refused(make: Make, data: list[str], tmp_path: Path,
                                                 count: int, says: str,
                                                 fails: Callable[..., None]) -> None:
-    fails(export.main, "--model", make("llama"), "--vocab", count, "--prompts",
+    base = save_bytes_model(tmp_path / "base") if count == 200 else make("llama")
+    fails(export.main, "--model", base, "--vocab", count, "--prompts",
           tmp_path / "data" / "train.jsonl", "--out", tmp_path / "out", says=says)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "data"]
 
 
-def test_a_model_of_bytes_has_no_token_to_leave_out(data: list[str], tmp_path: Path,
-                                                    fails: Callable[..., None]) -> None:
-    save_bytes_model(tmp_path / "bytes")
-    fails(export.main, "--model", tmp_path / "bytes", "--vocab", 200, "--prompts",
-          tmp_path / "data" / "train.jsonl", "--out", tmp_path / "out",
-          says="--vocab: the model reads bytes")
-
-
-# --- What the runtime and the server do with such a base ------------------------------------------
+# --- What the runtime does with such a base ------------------------------------------
 
 CHOICES = ["cat", "the cat", "hats", "größer", "π"]
 TEMPLATE = (
@@ -293,14 +285,3 @@ def test_schemas_and_calls_hold_their_answers(generator: Generator, hot: float) 
     (call,) = generator.reply(ASK, [LAMP], grammar=grammar, **options)["tool_calls"]
     assert call["function"]["name"] == "lamp"
     assert isinstance(call["function"]["arguments"]["on"], bool)
-
-
-def test_the_server_answers_with_it(generator: Generator) -> None:
-    client = pytest.importorskip("starlette.testclient")
-    said = "".join(generator.text(generator.generate(
-        generator.tokenizer.render(ASK, True), 9), strip=True))
-    app = server.make_server(Api(generator.folder, lambda: generator, None)).config.app
-    with client.TestClient(app, base_url="http://127.0.0.1") as there:       # starts the worker
-        got = there.post("/v1/chat/completions", json={
-            "model": "x", "messages": ASK, "max_tokens": 9}).json()
-    assert got["choices"][0]["message"]["content"] == said.strip()
