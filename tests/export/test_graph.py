@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -408,19 +409,20 @@ def test_external_data_and_names(model: Callable[..., CausalLM], tmp_path: Path)
 
 # Limits
 
-def test_what_a_target_cannot_do_is_refused(model: Callable[..., CausalLM]) -> None:
-    for target, sizes, block, static, words in (
-            ("ort", {"head_dim": 8}, 32, None, "of 16"),
-            ("portable", {"intermediate_size": 96}, 64, None, "rows of .. weights are no whole")):
-        with pytest.raises(ValueError, match=words):
-            refuse(model("llama", **sizes).config, target, block, static)
-    delta = model("qwen3_5").config
-    for target in ("portable", "npu"):
-        with pytest.raises(ValueError, match=f"target {target} has no gated delta nets: only"):
-            refuse(delta, target, 32, (1, 4, 64))
-    refuse(delta, "ort", 32, None)
-    with pytest.raises(ValueError, match="8 numbers of a head turn: .* multiples of 16 only"):
-        refuse(replace(delta, rotary_size=8), "ort", 32, None)
+@pytest.mark.parametrize("family, changes, target, block, says", [
+    ("llama", {"head_dim": 8}, "ort", 32, "head size 8: onnxruntime's attention takes .* of 16"),
+    ("qwen3_5", {"rotary_size": 8}, "ort", 32, "8 numbers of a head turn: .* of 16 only"),
+    ("llama", {"intermediate_size": 96}, "portable", 64, "rows of .. weights are no whole blocks"),
+    ("qwen3_5", {}, "portable", 32, "target portable has no gated delta nets: only"),
+    ("qwen3_5", {}, "npu", 32, "target npu has no gated delta nets: only"),
+    ("lfm2", {}, "npu", 32, "npu has no convolutions: take --target portable --static"),
+    ("mistral_window", {}, "npu", 32, "window of 5 tokens .*--static 1x4xP with a smaller P"),
+    ("qwen3_5", {}, "ort", 32, ""), ("llama", {"intermediate_size": 96}, "ort", 64, "")])
+def test_what_a_target_cannot_do_is_refused(model: Callable[..., CausalLM], family: str, says: str,
+                                            changes: Any, target: str, block: int) -> None:
+    config = replace(model(family).config, **changes)
+    with pytest.raises(ValueError, match=says) if says else nullcontext():
+        refuse(config, target, block, (1, 4, 64))
 
 
 # Sampler

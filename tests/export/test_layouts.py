@@ -20,10 +20,8 @@ from torch import Tensor
 import export
 from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
 from minismoe.export.graph import write_decoder
-from minismoe.export.layers import AdapterLinear
 from minismoe.export.layouts import (
     copy_base_files,
-    write_adapter,
     write_genai,
     write_hf,
     write_peft,
@@ -553,34 +551,6 @@ def test_transformers_js_opens_the_text_of_a_model_with_images(
     tokens = generate(model, [prompt], LIMIT, tokenizer.stop_ids)[0]
     said = web_says(web)
     assert (said["prompt"], said["tokens"][:len(tokens)]) == (prompt, tokens)
-
-
-# .onnx_adapter
-
-def test_genai_switches_tasks(run: Run, tmp_path: Path) -> None:
-    """One base graph with two adapters beside it says what the model frozen on each task says."""
-    og, said = pytest.importorskip("onnxruntime_genai"), {}
-    copy_base_files(run.base, tmp_path)
-    base, stops = load_model(run.base), load_tokenizer(run.base).stop_ids
-    frozen = {"trec": run.pairs, "clinc": random_pairs(base, seed=2), "": {}}
-    for task, pairs in frozen.items():
-        tokens = generate(merge(run.base, pairs), [run.prompt], LIMIT, ())[0]
-        end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
-        said[task] = tokens[:end]
-    assert len({*map(tuple, said.values())}) == 3
-    for name in run.pairs:
-        base.set_submodule(name, AdapterLinear(base.get_submodule(name), {}))
-    write_decoder(tmp_path / "model.onnx", base, GraphFormat("ort", "fp32", CONTEXT))
-    inputs = session_of(tmp_path / "model.onnx").get_inputs()
-    assert not any("lora" in x.name for x in inputs)     # they have defaults
-    write_genai(tmp_path, CONTEXT)
-    model = og.Model(str(tmp_path))
-    adapters = og.Adapters(model)
-    for task in ("trec", "clinc"):
-        write_adapter(tmp_path / f"{task}.onnx_adapter", frozen[task])
-        adapters.load(str(tmp_path / f"{task}.onnx_adapter"), task)
-    for task in ("trec", "clinc", "", "trec"):
-        assert genai_says(model, adapters, task)[1] == said[task]
 
 
 # OpenVINO, which takes the portable graphs

@@ -18,12 +18,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from minismoe.export.npu import compile_npu, write_npu
-from minismoe.export.plan import refuse
 from minismoe.export.ranges import Range, activation_ranges
 from minismoe.export.steps import write_sampler
 from minismoe.export.weights import GraphFormat
 from minismoe.model.checkpoint import load_model
-from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator, providers
 from minismoe.runtime.npu import NpuSteps
@@ -283,15 +281,6 @@ def test_a_refused_operator_is_named_with_its_node(tmp_path: Path) -> None:
     folder = write(random_model(intermediate_size=48), tmp_path / "npu", "w4a16")
     with pytest.raises(ValueError, match="it refuses /model/layers.0/mlp/down_proj/MatMul"):
         open_session(folder / "model.onnx", find_device("qnn:60"), 1)
-
-
-@pytest.mark.parametrize(("sizes", "reason"), [
-    ({"model_type": "mistral", "sliding_window": 16}, "window of 16 .*--static 1x8xP"),
-    ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "no convolutions")])
-def test_models_that_the_graph_cannot_hold_are_refused(sizes: dict[str, Any], reason: str) -> None:
-    config = Config.from_dict(SIZES | {"num_hidden_layers": 2} | sizes)
-    with pytest.raises(ValueError, match=reason):
-        refuse(config, "npu", 32, (1, T, P))
 
 
 def test_a_machine_without_an_npu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
