@@ -21,8 +21,6 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 class MergedWeight(nn.Module):
     """A weight (out, in), and a LoRA that each call of `dense` merges into it, in float32."""
 
-    dtype = torch.float32
-
     def __init__(self, base: Any, fit: Fit):
         """base: a Tensor, or a WideWeight."""
         super().__init__()
@@ -31,10 +29,6 @@ class MergedWeight(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias: (..., in) -> (..., out)."""
         return F.linear(x, self.dense(), bias)
-
-    @property
-    def device(self) -> torch.device:
-        return self.fit.lora_A.device
 
     @torch.no_grad()
     def dense(self) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..data.templates import DEFAULT_TEMPLATE, chat_template
 from ..data.tokenizer import ByteTokenizer, load_tokenizer
-from ..io.files import inside, last_part, read_json, replacing, write_json
+from ..io.files import inside, last_part, read_json, write_json
 from ..method.freeze import Fit, merged
 from ..method.vocabulary import BYTES
 from ..model.checkpoint import LEFT_OUT, MERGED, read_config, text_name, weight_files
@@ -173,8 +173,7 @@ def write_peft(out: Path, fits: Fits, base_model: str) -> None:
         key, more = f"base_model.model.{name}", R - len(f.lora_A)
         tensors[f"{key}.lora_A.weight"] = F.pad(f.lora_A.float(), (0, 0, 0, more))
         tensors[f"{key}.lora_B.weight"] = F.pad(f.lora_B.float(), (0, more)).contiguous()
-    with replacing(out / "adapter_model.safetensors") as tmp:
-        save_file(tensors, tmp, metadata={"format": "pt"})
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(out / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
         "r": R, "lora_alpha": R, "rank_pattern": {}, "alpha_pattern": {}, "lora_dropout": 0.0,
@@ -206,8 +205,7 @@ def rewrite_weights(base: Path, out: Path, change: Callable[[str, Tensor], Tenso
                 if not LEFT_OUT.match(stored):
                     name = text_name(stored)
                     tensors[name] = change(name, f.get_tensor(stored))
-        with replacing(out / file.name) as tmp:
-            save_file(tensors, tmp, metadata)
+        save_file(tensors, out / file.name, metadata)
 
 
 def write_genai(out: Path, context: int, share_buffer: bool = True) -> None:
@@ -287,5 +285,4 @@ def write_adapter(file: Path, fits: Fits) -> None:
     adapter.set_parameters({
         f"{name}.{part}": OrtValue.from_dlpack(getattr(f, part).float().cpu().T.contiguous())
         for name, f in fits.items() for part in ("lora_A", "lora_B")})
-    with replacing(file) as tmp:
-        adapter.export_adapter(str(tmp))
+    adapter.export_adapter(str(file))
