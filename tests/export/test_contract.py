@@ -69,29 +69,6 @@ def replay(folder: Path, said: dict[str, Any]) -> None:
     assert tokens == golden["tokens"] and not set(tokens) & set(said["stop_ids"])
 
 
-def in_one_buffer(folder: Path) -> None:
-    """The golden tokens, with one buffer of the whole context as past and present."""
-    info = read_json(folder / "export.json")
-    said, session = info["contract"], ort.InferenceSession(folder / "model.onnx")
-    io, new, tokens, read = session.io_binding(), said["golden"]["input_ids"], [], 0
-    for given in said["inputs"]:
-        if given["name"].startswith("past_key_values."):
-            _, heads, _, size = given["shape"]
-            buffer = ort.OrtValue.ortvalue_from_numpy(
-                np.zeros((1, heads, info["context"], size), np.float32))
-            io.bind_ortvalue_input(given["name"], buffer)
-            io.bind_ortvalue_output(given["name"].replace("past_key_values", "present"), buffer)
-    for _ in said["golden"]["tokens"]:
-        read += len(new)
-        io.bind_cpu_input("input_ids", np.array([new]))
-        io.bind_cpu_input("attention_mask", np.ones((1, read), np.int64))
-        io.bind_output("logits")
-        session.run_with_iobinding(io)
-        new = [int(io.get_outputs()[-1].numpy()[0, -1].argmax())]
-        tokens += new
-    assert tokens == said["golden"]["tokens"]
-
-
 def replay_on_slots(folder: Path) -> None:
     """Run the golden vector of an NPU's graphs by what the contract says."""
     said = read_json(folder / "export.json")["contract"]
@@ -150,8 +127,6 @@ def test_the_golden_vector_by_plain_onnxruntime(config: dict[str, Any], flags: l
         assert "shards" not in entry or entry["shards"]["sha256"] == [
             hashlib.sha256(content[i:i + 50_000]).hexdigest()
             for i in range(0, len(content), 50_000)]
-    if "int4-8" in flags:
-        in_one_buffer(folder)
     said = info["contract"]
     assert said["cache"] == ("fixed" if "--static" in flags else "growing" if (
         {"portable", "web"} & {*flags}) else "shared")

@@ -262,22 +262,9 @@ def test_few_bits(model: Callable[..., CausalLM], tmp_path: Path, family: str, t
         compare(file, rounded(m, *bits), 1e-3 if exact else 0.06, exact)
 
 
-@pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize("target", ["ort", "portable"])
-@pytest.mark.parametrize("precision", ["int4", "int8"])
-def test_blocks_of_other_sizes(model: Callable[..., CausalLM], tmp_path: Path, size: int,
-                               target: str, precision: str) -> None:
-    # Rows of the ort graph are no whole blocks, which the portable target refuses.
-    m = model("smollm2") if target == "ort" else model(
-        "llama", hidden_size=128, intermediate_size=256, num_attention_heads=8)
-    file = write(tmp_path / "m.onnx", m, {}, target=target, precision=precision, block=size,
-                 all_logits=True)
-    compare(file, rounded(m, *PRECISIONS[precision][:2], size), 0.06)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(("target", "precision", "block"), [
-    ("ort", "int4", 128), ("ort", "int8", 32), ("portable", "int4", 32), ("portable", "int8", 32)])
+    ("ort", "int4", 128), ("ort", "int8", 64), ("portable", "int4", 32), ("portable", "int8", 32)])
 @pytest.mark.parametrize("k", [2, 3])
 def test_adapters_beside_blocks(model: Callable[..., CausalLM], tmp_path: Path, target: str,
                                 precision: str, block: int, k: int) -> None:

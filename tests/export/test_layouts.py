@@ -480,17 +480,6 @@ def web_folder(run: Run, web: Path, block: int = 32) -> Path:
     return web
 
 
-def test_a_web_folder_holds_graphs_that_open(any_run: Run, tmp_path: Path) -> None:
-    """Where there is no Node: each graph finds its data under its new name."""
-    web = web_folder(any_run, tmp_path / "web")
-    expected = [*any_run.tokens, load_tokenizer(any_run.base).stop_ids[-1]]
-    assert greedy(any_run, ort_step(session_of(web / "onnx/model.onnx"))) == expected
-    for name in ("model_fp16", "model_quantized", "model_q4"):
-        assert session_of(web / f"onnx/{name}.onnx").get_outputs()[0].name == "logits"
-    config = read_json(web / "config.json")["transformers.js_config"]
-    assert config["dtype"] == "q4" and config["kv_cache_dtype"]["fp16"] == "float16"
-
-
 @pytest.mark.parametrize("theirs", [
     None, [1], {"use_external_data_format": True, "dtype": {"model": "q8"}},
     {"kv_cache_dtype": {"q4f16": "float16"}, "device_config": {"wasm": {"dtype": "int8"}}}])

@@ -1,6 +1,5 @@
 """A base with fewer tokens: its logits, its files, the adapters that fit it, and --vocab."""
 
-import json
 import re
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +24,6 @@ from minismoe.method.experts import expert_layers
 from minismoe.method.vocabulary import BPE, tokens_to_keep
 from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.runtime import Generator
-from minismoe.runtime.grammar import json_grammar
 
 TEXTS = ["the cat sat on the mat", "a man ran again"]
 Make = Callable[..., Path]
@@ -230,58 +228,22 @@ def test_sizes_that_cannot_be_meant_are_refused(make: Make, data: list[str], tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "data"]
 
 
-# --- What the runtime does with such a base ------------------------------------------
-
-CHOICES = ["cat", "the cat", "hats", "größer", "π"]
-TEMPLATE = (
-    "{{ tools | tojson if tools }}{% for m in messages %}<s>{{ m.role }}>{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
-    "{{ '</s>' if m.role == 'assistant' }}{% endfor %}"
-    "{{ '<s>assistant>' if add_generation_prompt }}")
-LAMP = {"type": "function", "function": {"name": "lamp", "parameters": {
-    "type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"],
-    "additionalProperties": False}}}
-ASK = [{"role": "user", "content": "the cat sat"}]
-
-
-@pytest.fixture(scope="module")
-def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
-    """An export of a base whose tokenizer lost all words but three; it knows calls."""
-    folder = tmp_path_factory.mktemp("trimmed")
-    base = save_base(folder / "whole", "llama", chat_template=TEMPLATE)
-    needed = {*load_tokenizer(base).encode("the cat sat")[0]}
-    kept = tokens_to_keep(BPE(read_json(base / "tokenizer.json")), needed, (), 334)
-    assert len(kept) < 300
-    write_trimmed(base, folder / "base", kept)
-    export.main(["--model", str(folder / "base"), "--precision", "fp32", "--out",
-                 str(folder / "onnx")])
-    return Generator(folder / "onnx", threads=1)
-
-
 @torch.no_grad()
-def test_answers_of_a_set_have_the_probabilities_of_brute_force(generator: Generator) -> None:
-    base = generator.folder.with_name("base")
+def test_answers_of_a_set_have_the_probabilities_of_brute_force(make: Make, tmp_path: Path) -> None:
+    """They are written in bytes where the tokenizer lost their words."""
+    whole, base = make("llama"), tmp_path / "few"
+    answers = ["cat", "the cat", "hats", "größer", "π"]
+    needed = {*load_tokenizer(whole).encode("the cat sat")[0]}
+    write_trimmed(whole, base, tokens_to_keep(
+        BPE(read_json(whole / "tokenizer.json")), needed, (), 334))
+    export.main(["--model", str(base), "--precision", "fp32", "--out", str(tmp_path / "onnx")])
     model, tokenizer = load_model(base), load_tokenizer(base)
-    prompt = tokenizer.render(ASK, True)
-    ids = tokenizer.encode(prompt)[0]
-    end = tokenizer.encode("</s>")[0]
+    question = {"role": "user", "content": "the cat sat"}
+    ids = tokenizer.encode(prompt := tokenizer.render([question], True))[0]
+    assert model.config.vocab_size < 300
     wanted = log_probabilities(
-        {text: [*tokenizer.encode(text)[0], *end] for text in CHOICES},
+        {text: [*tokenizer.turn([question, {"role": "assistant", "content": text}]),
+                tokenizer.end_id] for text in answers},
         lambda start: model(torch.tensor([[*ids, *start]]))[0, -1])
-    found = {answer.text: answer.logprob for answer in generator.choose(prompt, CHOICES, 9)}
-    assert found == pytest.approx(wanted, abs=1e-3)
-
-
-@pytest.mark.parametrize("hot", [0.0, 2.0])
-def test_schemas_and_calls_hold_their_answers(generator: Generator, hot: float) -> None:
-    pytest.importorskip("llguidance")
-    schema = {"type": "object", "properties": {"größe": {"enum": ["klein", "猫"]}},
-              "required": ["größe"]}
-    options: dict[str, Any] = {"temperature": hot, "seed": 1, "max_tokens": 99}
-    tokens = [*generator.generate("the cat", grammar=json_grammar(schema), **options)]
-    assert json.loads(generator.tokenizer.decode(tokens)) in (
-        {"größe": "klein"}, {"größe": "猫"})
-    grammar = generator.call_grammar([LAMP], must=True, most=1)
-    (call,) = generator.reply(ASK, [LAMP], grammar=grammar, **options)["tool_calls"]
-    assert call["function"]["name"] == "lamp"
-    assert isinstance(call["function"]["arguments"]["on"], bool)
+    found = Generator(tmp_path / "onnx", threads=1).choose(prompt, answers, 9)
+    assert {answer.text: answer.logprob for answer in found} == pytest.approx(wanted, abs=1e-3)
