@@ -95,8 +95,7 @@ def freeze_and_round(part: Part, model: CausalLM, batches: Batches, to_make: Tas
     to_fit = any(routed(linears[name]) for of_task in to_make.values() for name in of_task)
     texts = Calibration(model, batches if to_fit or in_4_bits else {})
     with frozen(model):
-        if to_fit or in_4_bits:
-            texts.weigh()
+        texts.weigh()
         for number in progress_bar(range(len(model.model.layers)), "freeze and round",
                                    unit="layer"):
             for names, x in texts.run_layer(number).items():     # what reads the same x (T, D)
