@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime as ort
 import torch
+import torch.nn.functional as F
 from tiny import BYTES, python
-from torch import nn
+from torch import Tensor, nn
 
 import export as script
 from minismoe.export import graph, steps
@@ -91,6 +94,52 @@ def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
              contract={"cache": {"ort": "shared", "portable": "growing"}.get(kind, "fixed")},
              format="minismoe.export/1", adapters={})
     return folder
+
+
+class Runner:
+    """A graph, and the mask and cache of what it has seen. A static one reads at most `most` tokens
+    at once, behind pads, which take places in the cache too: so the mask remembers them."""
+
+    def __init__(self, file: Path, exact: bool = False,
+                 run: Callable[[dict[str, Any]], dict[str, Any]] | None = None):
+        """exact: round no activations beside weights in blocks. run: another program than
+        onnxruntime, from arrays of inputs to those of outputs."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        if exact:
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+            model = onnx.load(file, load_external_data=False)
+            for attribute in (a for node in model.graph.node for a in node.attribute):
+                if attribute.name == "accuracy_level":
+                    attribute.i = 0
+            onnx.save(model, str(file))
+        self.session = ort.InferenceSession(str(file), options)
+        self.kinds = {i.name: i for i in self.session.get_inputs()}
+        self.past = {name: torch.zeros(
+            [d if isinstance(d, int) else 0 for d in i.shape], dtype=(
+                torch.float16 if "float16" in i.type else torch.float32)).numpy()
+            for name, i in self.kinds.items() if name.startswith("past")}
+        self.most, self.size = (n if isinstance(n, int) else 0 for n in (      # 0: of any length
+            self.kinds[name].shape[1] for name in ("input_ids", "attention_mask")))
+        self.mask, self.read = [0] * (self.size - self.most), 0
+        self.run = run or self.in_onnxruntime
+
+    def in_onnxruntime(self, feed: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip((o.name for o in self.session.get_outputs()), self.session.run(None, feed)))
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Logits (1, ., V) after the next ids (1, n)."""
+        new, T = ids.shape[1], self.most or ids.shape[1]
+        self.mask += [0] * (T - new) + [1] * new
+        self.read += new
+        feed = {"input_ids": F.pad(ids, (T - new, 0)),
+                "attention_mask": torch.tensor([self.mask[-self.size:]]),
+                "position_ids": torch.arange(self.read - T, self.read).clamp(min=0)[None]}
+        found = self.run(self.past | {
+            name: value.numpy() for name, value in feed.items() if name in self.kinds})
+        self.past = {name: found[name.replace("past_key_values", "present").replace(
+            "past_", "present_")] for name in self.past}
+        return torch.from_numpy(found["logits"])[:, -new:]
 
 
 def scripted(folder: Path, *pieces: str, template: str | None = None,

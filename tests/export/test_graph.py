@@ -13,7 +13,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from exported import stored
+from exported import Runner, stored
 from tiny import FAMILIES, LLAMAS, random_hf
 from torch import Tensor, nn
 
@@ -78,42 +78,6 @@ def write(file: Path, model: CausalLM, beside: Mapping[str, Any] | None = None,
     with mock.patch.object(graphs, "DecoderBuilder", EveryToken if all_logits else DecoderBuilder):
         write_decoder(file, stored(model, form, beside or {}), form)
     return file
-
-
-class Runner:
-    """A graph in onnxruntime, and the mask and cache of what it has seen."""
-
-    def __init__(self, file: Path, exact: bool = False):
-        """exact: round no activations beside weights in blocks."""
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = 1, 3
-        if exact:
-            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-            graph = onnx.load(file, load_external_data=False)
-            for attribute in (a for node in graph.graph.node for a in node.attribute):
-                if attribute.name == "accuracy_level":
-                    attribute.i = 0
-            onnx.save(graph, str(file))
-        self.session = ort.InferenceSession(str(file), options)
-        self.kinds = {i.name: i for i in self.session.get_inputs()}
-        self.read = 0
-        self.past = {n: torch.zeros([d if isinstance(d, int) else 0 for d in i.shape],
-                                    dtype=self.real(i)).numpy()
-                     for n, i in self.kinds.items() if n.startswith("past")}
-
-    @staticmethod
-    def real(value: Any) -> torch.dtype:
-        return torch.float16 if "float16" in value.type else torch.float32
-
-    def __call__(self, ids: Tensor, options: Any = None) -> Tensor:
-        self.read += ids.shape[1]
-        feed = {"input_ids": ids.numpy(), **self.past,
-                "attention_mask": torch.ones(1, self.read, dtype=torch.long).numpy()}
-        if "position_ids" in self.kinds:
-            feed["position_ids"] = torch.arange(self.read)[None, -ids.shape[1]:].numpy()
-        logits, *present = self.session.run(None, feed, options)
-        self.past = dict(zip(self.past, present))
-        return torch.from_numpy(logits)                                              # (1, ., V)
 
 
 def random_ids(length: int = LENGTH, seed: int = 0) -> Tensor:
@@ -337,22 +301,15 @@ def test_static_shapes(model: Callable[..., CausalLM], tmp_path: Path, family: s
                        P: int, chunks: tuple[int, ...]) -> None:
     """More tokens than the past holds; and as in generation, where each chunk holds a few tokens
     behind pads, which no window counts."""
-    m, T, seen, mask = model(family), 4, 0, [0] * P
+    m, T, seen = model(family), 4, 0
     beside = mixed(m, lambda i, part: (3, 2) if adapted else (-1, 0), scale=0.1)
     run = Runner(write(tmp_path / "m.onnx", m, beside, target="portable", static=(1, T, P),
                        all_logits=True))
-    run.past = {n: torch.zeros(i.shape).numpy() for n, i in run.kinds.items() if n in run.past}
     ids = random_ids(sum(chunks))
     want = m(ids)
     for new in chunks:
-        chunk = torch.cat([torch.zeros(1, T - new, dtype=torch.long), ids[:, seen:seen + new]], 1)
-        mask += [0] * (T - new) + [1] * new
-        places = torch.arange(seen - (T - new), seen + new).clamp(min=0)
-        logits, *present = run.session.run(None, {
-            "input_ids": chunk.numpy(), "attention_mask": torch.tensor([mask[-P - T:]]).numpy(),
-            "position_ids": places[None].numpy(), **run.past})
-        run.past = dict(zip(run.past, present))
-        error = (torch.from_numpy(logits)[0, T - new:] - want[0, seen:seen + new]).abs().max()
+        got = run(ids[:, seen:seen + new])
+        error = (got[0] - want[0, seen:seen + new]).abs().max()
         assert error <= 1e-4 * want.abs().max(), f"{error:.2e} after {seen}"
         seen += new
 

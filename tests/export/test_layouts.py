@@ -5,14 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from accelerators import needs
-from exported import stored
+from exported import Runner, stored
 from safetensors import safe_open
 from tiny import BYTES, CHATML, random_hf, save_imaged
 from torch import Tensor
@@ -282,58 +281,16 @@ def decoder(run: Run, out: Path, **options: Any) -> Any:
     return load_tokenizer(run.base)
 
 
-def greedy(run: Run, step: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-           static: tuple[int, int, int] | None = None) -> list[int]:
-    """New ids of the chat's prompt with the stop id, by a function that runs a graph once.
-
-    static (1, T, P): the graph takes T tokens at a time after P others, padded on the left; pads
-    take places in the cache too, so the mask has to remember them.
-    """
-    cfg, stops = run.merged.config, load_tokenizer(run.base).stop_ids
-    P = static[2] if static else 0
-    past = {f"past_key_values.{i}.{part}": torch.zeros(1, cfg.num_key_value_heads, P, cfg.head_dim)
-            for i in range(cfg.num_hidden_layers) for part in ("key", "value")}
-    mask, ids, seen = torch.zeros(1, P, dtype=torch.long), list(run.prompt), 0
-    tokens: list[int] = []
+def greedy(run: Run, graph: Runner) -> list[int]:
+    """New ids of the chat's prompt with the stop id, by a graph."""
+    stops, ids, tokens = load_tokenizer(run.base).stop_ids, [*run.prompt], list[int]()
     while len(tokens) < LIMIT and not (tokens and tokens[-1] in stops):
-        T = static[1] if static else len(ids)
-        new = len(ids) % T or T
-        row = torch.tensor([[0] * (T - new) + [1] * new])
-        mask = torch.cat((mask, row), 1)
-        output = step({
-            "input_ids": torch.tensor([[0] * (T - new) + ids[:new]]), "attention_mask": mask,
-            "position_ids": (seen - 1 + row.cumsum(1)).clamp(min=0), **past})
-        past = {name: output[name.replace("past_key_values", "present")] for name in past}
-        mask, ids, seen = mask[:, T if static else 0:].contiguous(), ids[new:], seen + new
-        if not ids:
-            tokens += [int(output["logits"][0, -1].argmax())]
-            ids = tokens[-1:]
+        while ids:
+            new = len(ids) % (graph.most or len(ids)) or graph.most or len(ids)
+            logits, ids = graph(torch.tensor([ids[:new]])), ids[new:]
+        tokens.append(int(logits[0, -1].argmax()))
+        ids = tokens[-1:]
     return tokens
-
-
-def ort_step(session: Any, options: Any = None) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    from onnxruntime import OrtValue
-
-    inputs, outputs = ([x.name for x in found()] for found in (
-        session.get_inputs, session.get_outputs))
-
-    def step(feeds: dict[str, Tensor]) -> dict[str, Tensor]:
-        values = {name: OrtValue.from_dlpack(feeds[name]) for name in inputs}
-        found = session.run_with_ort_values(outputs, values, options)
-        return {name: torch.from_dlpack(value).clone() for name, value in zip(outputs, found)}
-
-    return step
-
-
-def session_of(file: Path, exact: bool = False) -> Any:
-    """exact: no rewriting of the graph, which would round activations beside quantised weights."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    if exact:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(str(file), options)
 
 
 def genai_says(model: Any, adapters: Any = None, task: str = "",
@@ -411,7 +368,7 @@ def test_genai_reads_blocks_of_any_size(run: Run, tmp_path: Path, block: int) ->
     decoder(run, tmp_path, target="ort", precision="int4", block=block)
     write_genai(tmp_path, CONTEXT)
     assert genai_says(og.Model(str(tmp_path)))[1] == greedy(
-        run, ort_step(session_of(tmp_path / "model.onnx")))
+        run, Runner(tmp_path / "model.onnx"))
 
 
 @pytest.mark.parametrize("bos", [5, None])
@@ -510,9 +467,9 @@ def test_transformers_js_says_the_same(any_run: Run, tmp_path: Path, block: int)
         "text": any_run.text}
     assert web_says(web, "fp16")["tokens"][0] == any_run.tokens[0]
     assert web_says(web, "q8")["tokens"] == greedy(
-        any_run, ort_step(session_of(web / "onnx/model_quantized.onnx")))
+        any_run, Runner(web / "onnx/model_quantized.onnx"))
     assert web_says(web)["tokens"] == greedy(
-        any_run, ort_step(session_of(web / "onnx/model_q4.onnx")))
+        any_run, Runner(web / "onnx/model_q4.onnx"))
 
 
 @needs_node
@@ -544,19 +501,18 @@ def test_transformers_js_opens_the_text_of_a_model_with_images(
 
 # OpenVINO, which takes the portable graphs
 
-def openvino_step(file: Path) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+def in_openvino(file: Path) -> Runner:
     openvino = pytest.importorskip("openvino")
     model = openvino.Core().compile_model(str(file), "CPU", {
         "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0})       # else it rounds activations too
     names = {name for port in model.inputs for name in port.get_names()}
 
-    def step(feeds: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = model({name: feeds[name].numpy() for name in feeds.keys() & names})
-        return {name: torch.from_numpy(value.copy())
-                for port, value in found.items() for name in port.get_names()}
+    def run(feed: dict[str, Any]) -> dict[str, Any]:
+        found = model({name: feed[name] for name in feed.keys() & names})
+        return {name: value.copy() for port, value in found.items() for name in port.get_names()}
 
-    return step
+    return Runner(file, run=run)
 
 
 @pytest.mark.parametrize("static", [None, (1, 8, 88), (1, 1, 100)])
@@ -568,8 +524,8 @@ def test_openvino_says_the_same(run: Run, tmp_path: Path, precision: str,
     tokenizer = decoder(run, tmp_path, target="portable", precision=precision, static=static)
     expected = [*run.tokens, tokenizer.stop_ids[1]]
     if precision != "fp32":
-        expected = greedy(run, ort_step(session_of(tmp_path / "model.onnx", exact=True)), static)
-    assert greedy(run, openvino_step(tmp_path / "model.onnx"), static) == expected
+        expected = greedy(run, Runner(tmp_path / "model.onnx", exact=True))
+    assert greedy(run, in_openvino(tmp_path / "model.onnx")) == expected
 
 
 @pytest.mark.parametrize(("precision", "vocab", "hidden", "block"), [
@@ -586,10 +542,9 @@ def test_openvino_reads_large_tables_and_large_blocks(
     model, file = CausalLM(config), tmp_path / "model.onnx"
     form = GraphFormat("portable", precision, CONTEXT, block)
     write_decoder(file, stored(model, form), form)
-    past = {f"past_key_values.0.{part}": torch.zeros(1, 2, 0, 16) for part in ("key", "value")}
-    feeds = {"input_ids": torch.tensor([[3, 4, vocab // 2, vocab - 2, vocab - 1]]), **past,
-             "attention_mask": torch.ones(1, 5).long(), "position_ids": torch.arange(5)[None]}
-    ours, theirs = (step(feeds) for step in (
-        ort_step(session_of(file, exact=True)), openvino_step(file)))
-    for name in ("logits", "present.0.key", "present.0.value"):
-        assert torch.allclose(ours[name], theirs[name], atol=1e-3), name
+    found = []
+    for graph in Runner(file, exact=True), in_openvino(file):
+        logits = graph(torch.tensor([[3, 4, vocab // 2, vocab - 2, vocab - 1]]))
+        found.append([logits, *map(torch.from_numpy, graph.past.values())])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-3)
