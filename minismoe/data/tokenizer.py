@@ -28,18 +28,20 @@ class ByteTokenizer:
     special = {"<|bos|>": 256, "<|end|>": 257, "<|pad|>": 258}
     vocab_size = 259
     longest = 7                              # characters of a token
+    _special_text = re.compile(f"({'|'.join(map(re.escape, special))})")
 
     def encode(self, text: str, special: bool = True) -> tuple[list[int], list[int]]:
         """Token ids, and the index of the character where each starts. special: read the texts of
         special tokens as these tokens; else as text."""
-        ids: list[int] = []
-        starts: list[int] = []
-        pattern = "|".join([*map(re.escape, self.special if special else ()), "(?s:.)"])
-        for match in re.finditer(pattern, text):
-            token = self.special.get(match[0])
-            new = match[0].encode("utf-8", "replace") if token is None else [token]
-            ids += new
-            starts += [match.start()] * len(new)
+        ids, starts, at = list[int](), list[int](), 0
+        for piece in self._special_text.split(text) if special else [text]:
+            if special and piece in self.special:
+                ids.append(self.special[piece])
+                starts.append(at)
+            else:
+                ids += piece.encode("utf-8", "replace")
+                starts += [i for i, c in enumerate(piece, at) for _ in c.encode("utf-8", "replace")]
+            at += len(piece)
         return ids, starts
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -93,10 +95,11 @@ class FileTokenizer:
         with naming(f"{self.file} cannot encode {text[:40]!r}", Exception):
             # It raises, for instance, for an unknown word without an unknown token.
             encoding = self.backend.encode(text, add_special_tokens=False)
-        if max(encoding.ids, default=0) >= self.vocab_size:      # ids may have gaps
-            raise ValueError(f"{self.file} encodes {text[:40]!r} with token {max(encoding.ids)}, "
+        ids: list[int] = encoding.ids                            # a new list each time
+        if (largest := max(ids, default=0)) >= self.vocab_size:      # ids may have gaps
+            raise ValueError(f"{self.file} encodes {text[:40]!r} with token {largest}, "
                              f"and the model has only {self.vocab_size}")
-        return encoding.ids, [start for start, _ in encoding.offsets]
+        return ids, [start for start, _ in encoding.offsets]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=True)
