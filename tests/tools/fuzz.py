@@ -35,6 +35,7 @@ from minismoe.cli.flags import AllocationConfig  # noqa: E402
 from minismoe.data.tasks import encode_all, load_tasks  # noqa: E402
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer  # noqa: E402
 from minismoe.export import graph, steps  # noqa: E402
+from minismoe.export.layouts import byte_level  # noqa: E402
 from minismoe.export.weights import GraphFormat  # noqa: E402
 from minismoe.io.files import naming, sha256  # noqa: E402
 from minismoe.io.text import error_line  # noqa: E402
@@ -165,7 +166,8 @@ class Fuzz:
         self.generator.tokenizer = Tokenizer(ByteTokenizer(), CALLING, "<|bos|>", "<|end|>")
         self.api = Api(self.base, lambda: self.generator, Sampling(max_tokens=3))
         add_experts(model, ALLOCATION)
-        save_adapter(load_like(model, self.base), self.base / "adapter", ALLOCATION, ["t"])
+        model.fingerprint, model.name = load_model(self.base).fingerprint, "base"
+        save_adapter(model, self.base / "adapter", ALLOCATION, ["t"])
         self.kinds: list[Callable[[Rng], Any]] = [
             self.config, self.adapter, self.allocation, self.lines, self.weights,
             self.adapter_weights, self.tokenizer, self.request, self.export]
@@ -234,7 +236,7 @@ class Fuzz:
         settings = {"chat_template": rng.choice([CHATML, [
             {"name": "default", "template": CHATML}, {"name": "x", "template": "y"}]]),
             "bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None}
-        shutil.copy(TOKENIZER, self.case / "tokenizer.json")
+        (self.case / "tokenizer.json").write_text(json.dumps(byte_level()))      # without merges
         (self.case / "tokenizer_config.json").write_bytes(rng.text(settings))
         (self.case / "generation_config.json").write_bytes(rng.text({"eos_token_id": [1, 2]}))
         (self.case / "config.json").write_bytes(rng.text({"vocab_size": 400, "eos_token_id": 1}))
@@ -267,22 +269,6 @@ class Fuzz:
         """Put originals into the case's folder."""
         for name in names:
             os.link(self.base / name, self.case / Path(name).name)
-
-
-def load_like(model: CausalLM, folder: Path) -> CausalLM:
-    """The model with the name and fingerprint that loading gives it."""
-    model.fingerprint, model.name = load_model(folder).fingerprint, "base"
-    return model
-
-
-def bpe(file: Path) -> Path:
-    """A byte-level tokenizer.json without merges."""
-    from minismoe.export.layouts import byte_level
-    file.write_text(json.dumps(byte_level()))
-    return file
-
-
-TOKENIZER = Path()
 
 
 def run(fuzz: Fuzz, seed: int, number: int, debug: bool = False) -> tuple[str, bool, str]:
@@ -324,7 +310,6 @@ def peak() -> float:
 
 def main(argv: Sequence[str]) -> int:
     """Run the cases; gives the number of those that failed."""
-    global TOKENIZER
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="number of the first (default: 0)")
@@ -333,7 +318,6 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(1)
     failed, taken, refusals = 0, Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory() as root:
-        TOKENIZER = bpe(Path(root) / "tokenizer.json")
         fuzz, before, start = Fuzz(Path(root)), peak(), time.monotonic()
         for number in range(args.first, args.first + args.cases):
             then = time.monotonic()
