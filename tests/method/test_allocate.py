@@ -253,32 +253,28 @@ def test_shapes_come_with_the_scores() -> None:
 GOOD = {"t": {"h.0.a": 2.0, "h.0.b": 1.0}}
 
 
-@pytest.mark.parametrize(("arguments", "names"), [
-    ({"strategy": "vote", "rank": 0, "top_k": 1.5, "alpha": -1},
-     ["vote", "rank", "top_k", "alpha"]),
-    ({"keep": 0.0}, ["keep"]), ({"keep": 1.01}, ["keep"]), ({"keep": math.nan}, ["keep"]),
-    ({"keep": 0.5, "budget_params": 3}, ["only one", "keep"]),
-    ({"budget_params": 2.5}, ["budget", "2.5"]), ({"budget_params": True}, ["budget", "True"]),
-    ({"budget_params": 2**60}, ["budget", "2**50"]),
-    ({"min_experts": -1}, ["min_experts", "-1"]), ({"min_experts": 1025}, ["min_experts", "1025"]),
-    ({"strategy": "lora", "min_experts": 2}, ["lora", "min_experts 2"])])
-def test_wrong_arguments_are_all_named(arguments: dict[str, Any], names: list[str]) -> None:
-    with pytest.raises(ValueError) as caught:
-        allocate(GOOD, **arguments)
-    assert [name for name in names if name not in str(caught.value)] == []
-
-
-@pytest.mark.parametrize(("scores", "names"), [
-    ({}, ["no module"]), ({"t": {}}, ["no module"]),
-    ({"t": {"a": 1.0, "b": 2.0}, "u": {"b": 1.0, "c": 1.0}},
+@pytest.mark.parametrize(("scores", "arguments", "names"), [
+    *((GOOD, arguments, names) for arguments, names in [
+        ({"strategy": "vote", "rank": 0, "top_k": 1.5, "alpha": -1},
+         ["vote", "rank", "top_k", "alpha"]),
+        ({"keep": 0.0}, ["keep"]), ({"keep": 1.01}, ["keep"]), ({"keep": math.nan}, ["keep"]),
+        ({"keep": 0.5, "budget_params": 3}, ["only one", "keep"]),
+        ({"budget_params": 2.5}, ["budget", "2.5"]), ({"budget_params": True}, ["budget", "True"]),
+        ({"budget_params": 2**60}, ["budget", "2**50"]),
+        ({"min_experts": -1}, ["min_experts", "-1"]),
+        ({"min_experts": 1025}, ["min_experts", "1025"]),
+        ({"strategy": "lora", "min_experts": 2}, ["lora", "min_experts 2"])]),
+    ({}, {}, ["no module"]), ({"t": {}}, {}, ["no module"]),
+    ({"t": {"a": 1.0, "b": 2.0}, "u": {"b": 1.0, "c": 1.0}}, {},
      ["'t' lacks ['c']", "'u' lacks ['a']"]),
-    ({"t": {"a": math.nan, "b": -1.0, "c": math.inf, "d": "x", "e": 1.0}},
+    ({"t": {"a": math.nan, "b": -1.0, "c": math.inf, "d": "x", "e": 1.0}}, {},
      ["'a'", "'b'", "'c'", "'d'"])])
-def test_wrong_scores_are_all_named(scores: Any, names: list[str]) -> None:
+def test_all_that_is_wrong_is_named(scores: Any, arguments: dict[str, Any], names: list[str],
+                                    ) -> None:
     with pytest.raises(ValueError) as caught:
-        allocate(scores)
+        allocate(scores, **arguments)
     assert [name for name in names if name not in str(caught.value)] == []
-    assert "'e'" not in str(caught.value)
+    assert "'e'" not in str(caught.value)                # a score that is right
 
 
 # allocation.json
