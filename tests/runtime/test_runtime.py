@@ -59,6 +59,13 @@ def test_the_latest_caches_stay(folders, kind, left) -> None:
         assert answer.cached_tokens == (cached if kind != "static" else 0)
 
 
+def test_a_cache_of_which_less_than_half_would_be_of_use_stays_for_its_own_chat(folders) -> None:
+    generator = Generator(folders["ort"], threads=1, caches=2)
+    for prompt, cached in ((b"x" * 40, 0), (b"x" * 20 + b"y" * 20, 0), (b"x" * 40, 39)):
+        answer = generator.generate(prompt, 8)
+        assert len([*answer]) == 8 and answer.cached_tokens == cached
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_at_once_are_refused(folders, kind) -> None:
     """They would read each other's cache."""
@@ -422,6 +429,7 @@ def test_tasks(model, tmp_path, folders) -> None:
     (lambda f: ((f / "model.onnx").write_bytes(b"x"), describe(f, files={
         n: {"bytes": (f / n).stat().st_size, "sha256": ""} for n in ("model.onnx", "sampler.onnx")
     })), "cannot open"),
+    (lambda f: describe(f, vocab_size=300), "export.json is not of this model.onnx"),
     (lambda f: describe(f, kv_heads=3), "export.json is not of this model.onnx"),
     (lambda f: describe(f, cache_type="float16"), "export.json is not of this model.onnx"),
     (lambda f: describe(f, target="portable"), "export.json is not of this model.onnx"),
