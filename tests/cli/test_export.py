@@ -393,6 +393,8 @@ def test_the_dtype_is_the_runs_whatever_the_machine(run: Path, tmp_path: Path, m
         for dtype, wanted in ("auto", saved), ("float32", "float32"), ("bfloat16", "bfloat16"):
             model = export.load_run(ExportConfig(run=str(other), dtype=dtype)).trained
             assert model.model.norm.weight.dtype == getattr(torch, wanted)
+    info = ship(tmp_path / "out", other, "--precision fp32")
+    assert (info["arguments"]["dtype"], info["arguments"]["device"]) == ("bfloat16", "cpu")
     base = export.load_base(ExportConfig(model=str(run.parent / "model"))).trained
     assert base.model.norm.weight.dtype == torch.float32
 
