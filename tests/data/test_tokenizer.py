@@ -92,6 +92,7 @@ def test_bytes_of_special_tokens_and_others() -> None:
     ids, starts = ByteTokenizer().encode("é<|end|>🙂<|bos|><|pad|>a<|x|>")
     assert ids == [*"é".encode(), 257, *"🙂".encode(), 256, 258, *b"a<|x|>"]
     assert starts == [0, 0, 1, 8, 8, 8, 8, 9, 16, *range(23, 29)]
+    assert ByteTokenizer().encode("<|end|>", special=False) == ([*b"<|end|>"], [*range(7)])
     assert ByteTokenizer().decode(ids) == "é🙂a<|x|>"
     assert ByteTokenizer().decode("é".encode()[:1]) == "\N{REPLACEMENT CHARACTER}"
 
