@@ -15,7 +15,7 @@ from ..io.flags import flag
 from ..io.text import table
 from ..method.loss import IGNORE
 
-PASSES, LEAST_PASSES = 120, 3     # see `plan_tasks`
+PASSES, LEAST_PASSES, OPEN_PASSES = 120, 3, 2         # see `plan_tasks`
 SMOOTHING = 0.1                   # see `TaskPlan`
 ENOUGH = 50                       # validation lines of a task that can tell steps apart
 MOST_PROMPT, PROMPT_SHARE = 0.2, 3.0         # see `prompt_weight`
@@ -112,14 +112,14 @@ def plan_tasks(examples: Sequence[Example], valid: Sequence[Example], cfg: Train
 
     A task takes PASSES / sqrt(lines) passes over its lines, and LEAST_PASSES at least: 12 over 100
     lines, 6 over 400, 3 from 1,200 on. few.py in tests/benchmarks measured PASSES. Free text, whose
-    loss on unseen lines rises again after few passes, takes LEAST_PASSES, and is not smoothed
+    loss on unseen lines rises again after few passes, takes OPEN_PASSES, and is not smoothed
     (Szegedy et al. 2016, arXiv 1512.00567). Between CLOSED and OPEN, both change gradually.
     """
     plans = {}
     for task, lines in by_task(examples).items():
         closed = min(1.0, max(0.0, (OPEN - openness(lines)) / (OPEN - CLOSED)))
         usual = max(LEAST_PASSES, PASSES / math.sqrt(len(lines)))
-        passes = (round(LEAST_PASSES + closed * (usual - LEAST_PASSES)) if cfg.epochs is None
+        passes = (round(OPEN_PASSES + closed * (usual - OPEN_PASSES)) if cfg.epochs is None
                   else cfg.epochs)
         plans[task] = TaskPlan(
             len(lines), passes, round(passes * len(lines) / cfg.batch_size, 1),

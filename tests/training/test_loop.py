@@ -137,8 +137,8 @@ def test_the_defaults_of_training_are_these() -> None:
     cfg = TrainConfig()
     assert (cfg.batch_size, cfg.max_grad_norm, cfg.router_aux_loss_coef, cfg.prompt_loss) == (
         8, 1.0, 0.01, 0.2)
-    assert (plan.PASSES, plan.LEAST_PASSES, plan.SMOOTHING, plan.ENOUGH, plan.PROMPT_SHARE) == (
-        120, 3, 0.1, 50, 3.0)
+    assert (plan.PASSES, plan.LEAST_PASSES, plan.OPEN_PASSES, plan.SMOOTHING, plan.ENOUGH,
+            plan.PROMPT_SHARE) == (120, 3, 2, 0.1, 50, 3.0)
 
 
 def test_ctrl_c_saves_and_resume_gives_the_same_bits(tmp_path, monkeypatch) -> None:
