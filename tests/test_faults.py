@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import hashlib
 import io
-import math
 import os
 import re
 import shutil
@@ -20,14 +19,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import QUICK, ROOT, cut, edit_tensors, exit_code, save_bytes_model, write_lines
+from tiny import QUICK, ROOT, cut, exit_code, save_bytes_model, write_lines
 
 import export
 import probe
 import train
 from minismoe.cli.script import run_script
+from minismoe.data.tokenizer import FileTokenizer
 from minismoe.io.files import read_json, write_json
-from minismoe.io.text import error_line
 from minismoe.runtime import __main__ as terminal
 
 MODEL = {"hidden_size": 64, "max_position_embeddings": 128}
@@ -60,14 +59,12 @@ class World:
         """What a script reads: a run if it exports, else inputs and these flags."""
         return (self.run,) if main is export.main else (*self.inputs, *flags)
 
-    def fails(self, main: Any, *args: object, says: str, began: bool = False) -> None:
-        """A script ends with 1 and one line that `says` so, and leaves all files as they were;
-        began: it may have written others."""
-        before = hashes(self.root)
+    def fails(self, main: Any, *args: object, says: str) -> None:
+        """A script ends with 1 and one line that `says` so, and leaves all files as they were."""
+        before = contents(self.root)
         code, err = script(main, *args)
         assert code == 1 and re.fullmatch(rf"error: .*{says}.*", err), err
-        after = hashes(self.root)
-        assert after == before or began and {path: after[path] for path in before} == before
+        assert contents(self.root) == before
 
 
 def numbered(count: int, end: str = "") -> list[tuple[str, str]]:
@@ -105,10 +102,9 @@ def script(main: Callable[[Sequence[str]], None], *args: object) -> tuple[int, s
     return code, "\n".join(line for line in err.getvalue().split("\n") if not BAR.match(line))
 
 
-def hashes(*folders: Path) -> dict[Path, str]:
-    """What lies in folders, symbolic links as themselves."""
-    return {p: os.readlink(p) if p.is_symlink() else hashlib.sha256(p.read_bytes()).hexdigest()
-            for folder in folders for p in sorted(folder.rglob("*")) if not p.is_dir()}
+def contents(*folders: Path) -> dict[Path, bytes]:
+    """The files in folders."""
+    return {p: p.read_bytes() for folder in folders for p in folder.rglob("*") if p.is_file()}
 
 
 def edit(file: Path, change: Callable[[Any], object]) -> None:
@@ -137,13 +133,13 @@ def files_up_to(size: int) -> Iterator[None]:
     (export.main, 100_000)], ids=["probe", "train", "train later", "export", "export later"])
 def test_a_limit_on_file_size_ends_in_one_line_and_changes_no_file(
         world: World, main: Any, size: int) -> None:
-    before, out = hashes(world.root), world.new
+    before, out = contents(world.root), world.new
     more = ("--precision", "fp32") if main is export.main else SHORT[:2]
     with files_up_to(size):
         code, err = script(main, *world.given(main), *more, "--out", out)
     assert code == 1 and re.fullmatch("error: .*(ulimit|too large|os error 27).*", err)
-    now = hashes(world.root)
-    assert {p: h for p, h in now.items() if p in before} == before
+    now = contents(world.root)
+    assert {p: content for p, content in now.items() if p in before} == before
     assert not [p for p in now if ".tmp" in str(p)]
     assert main is not export.main or not out.exists()
 
@@ -186,7 +182,7 @@ def test_missing_permissions_are_named_with_their_path(world: World, main: Any) 
 
 def test_a_read_only_model_and_data_are_enough(world: World) -> None:
     paths = [p for folder in (world.model, world.data) for p in (folder, *folder.rglob("*"))]
-    before, out = hashes(world.model, world.data), world.new
+    before, out = contents(world.model, world.data), world.new
     for path in paths:
         path.chmod(0o500 if path.is_dir() else 0o400)
     with permissions_count():
@@ -194,7 +190,7 @@ def test_a_read_only_model_and_data_are_enough(world: World) -> None:
         assert script(export.main, out, "--out", out / "onnx") == (0, "")
     for path in paths:
         path.chmod(0o700)
-    assert hashes(world.model, world.data) == before
+    assert contents(world.model, world.data) == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pipes end otherwise there")
@@ -213,21 +209,6 @@ def test_output_that_cannot_be_written_ends_in_one_line(world: World, name: str,
     assert not says or done.stderr.splitlines()[-1].startswith(f"error: {says}")
 
 
-@pytest.mark.parametrize("said", [
-    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has", "Invalid buffer size: 24.00 GiB",
-    "MPS backend out of memory (MPS allocated: 9 GB). Tried to allocate 1 GB",
-    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "of torch on this CPU", MemoryError()])
-def test_out_of_memory_names_the_flags_that_help(said: Any) -> None:
-    """Also by the sentence that torch really says here."""
-    if said == "of torch on this CPU":
-        with pytest.raises(RuntimeError) as raised:
-            torch.empty(1 << 60, dtype=torch.uint8)
-        said = str(raised.value)
-    line = error_line(RuntimeError(said) if isinstance(said, str) else said)
-    assert re.search("out of memory.*--micro-batch-size.*--max-length.*--recompute.*--base-bits",
-                     line) and "bfloat16" not in line    # which is slow on many CPUs
-
-
 @pytest.mark.parametrize("device", ["cuda", "cuda:9", "xpu", "mps"])
 def test_a_device_that_is_not_there_is_refused_by_name(world: World, device: str) -> None:
     with contextlib.suppress(AssertionError, RuntimeError):    # what torch says differs by device
@@ -236,15 +217,6 @@ def test_a_device_that_is_not_there_is_refused_by_name(world: World, device: str
     for main in (train.main, probe.main, export.main):
         world.fails(main, *world.given(main), "--device", device, "--out", world.new,
                     says=f"torch finds no device {device} here")
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_without_an_adapter(world: World) -> None:
-    edit_tensors(world.model / "model.safetensors",
-                 lambda t: t["model.layers.1.mlp.down_proj.weight"].fill_(math.inf))
-    world.fails(train.main, *world.inputs, *SHORT, "--out", world.new, "--allocation",
-                world.run / "allocation.json", began=True, says="the loss is nan and the norm .* "
-                "nan at step 1, on the training lines t .*--lr")
-    assert not (world.new / "adapter").exists() and not (world.new / "results.json").exists()
 
 
 # Models, data and runs
@@ -275,12 +247,12 @@ def test_a_broken_input_is_refused(world: World, main: Any, spoil: Callable[[Wor
 @pytest.mark.parametrize("main, change, says", [
     (export.main, lambda c: c.pop("arguments"), "config.json is not of a run: "),
     (export.main, lambda c: c["arguments"].update(max_length=[9]), "argument --max-length: .*9"),
-    (export.main, lambda c: c["arguments"].pop("max_length"), "lacks max_length: another version "
-     "of minismoe made this run, so train again with this one"),
+    (export.main, lambda c: c["arguments"].pop("max_length"), "is of another version of minismoe, "
+     r"with other flags \(max_length\): train again"),
     (train.main, lambda c: c["arguments"].update(epochs="x"), "argument --epochs: .*'x'"),
     (train.main, lambda c: c["arguments"].update(recompute="y"), "argument --recompute: .*'y'"),
     (train.main, lambda c: c["arguments"].update(model=5), "argument --model: 5 is no str"),
-    (train.main, lambda c: c["arguments"].update(help=True), "has help, which is no flag")])
+    (train.main, lambda c: c["arguments"].update(help=True), r"other flags \(help\)")])
 def test_a_run_with_a_hostile_or_older_config_is_refused(
         world: World, main: Any, change: Callable[[Any], object], says: str) -> None:
     edit(world.run / "config.json", change)
@@ -301,7 +273,7 @@ def test_odd_names_of_tasks_are_no_paths_and_no_terminal_commands(world: World) 
     shutil.rmtree(world.data / "t")
     for name in names:
         write_lines(world.data / f"{name}.jsonl", numbered(6, "\x1b[31m\x9b\r\u202e"))
-    before, out = hashes(world.root), world.new
+    before, out = contents(world.root), world.new
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         for main, *args in ((train.main, *world.inputs, *SHORT, "--out", out),
@@ -309,8 +281,8 @@ def test_odd_names_of_tasks_are_no_paths_and_no_terminal_commands(world: World) 
                             (export.main, out, "--adapters", "--out", out / "onnx")):
             assert exit_code(partial(run_script, main), *args) == 0
     assert all(c.isprintable() or c == "\n" for c in shown.getvalue())
-    now = hashes(world.root)
-    assert {p: h for p, h in now.items() if out not in p.parents} == before
+    now = contents(world.root)
+    assert {p: content for p, content in now.items() if out not in p.parents} == before
     assert sorted(read_json(out / "results.json")["tasks"]) == sorted(names)
     for name in names:
         assert script(terminal.main, out / "onnx", "a", f"--task={name}", "--max-tokens", "1"
@@ -319,15 +291,12 @@ def test_odd_names_of_tasks_are_no_paths_and_no_terminal_commands(world: World) 
 
 # Exports
 
-@pytest.mark.parametrize("place", ["../secret", "/SECRET", "link"])
+@pytest.mark.parametrize("place", ["../secret", "/SECRET"])
 def test_external_data_outside_of_the_folder_is_refused(world: World, place: str) -> None:
     """A graph may name any file as its weights; what is outside is not read."""
     import onnx
 
-    secret = world.export.parent / "secret"
-    shutil.copyfile(world.export / "model.onnx.data", secret)
-    if place == "link":
-        (world.export / "link").symlink_to(secret)
+    secret = shutil.copyfile(world.export / "model.onnx.data", world.root / "secret")
     graph = onnx.load(world.export / "model.onnx", load_external_data=False)
     for tensor in graph.graph.initializer:
         for entry in tensor.external_data:
@@ -337,18 +306,15 @@ def test_external_data_outside_of_the_folder_is_refused(world: World, place: str
     content = (world.export / "model.onnx").read_bytes()
     edit(world.export / "export.json", lambda e: e["files"].update({"model.onnx": {
         "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}))
-    world.fails(terminal.main, world.export, "hello", "--verify", says=(
-        "link that leads out" if place == "link" else "onnxruntime cannot open .*model.onnx"))
+    world.fails(terminal.main, world.export, "hello", "--verify",
+                says="onnxruntime cannot open .*model.onnx")
 
 
 def test_invalid_unicode_is_read_with_question_marks(world: World, bpe: Path) -> None:
-    from minismoe.data.tokenizer import FileTokenizer
     tokenizer = FileTokenizer(bpe)
     for odd in ("\udcff", "a\ud83d"):                     # of argv, and of a JSON string
         assert script(terminal.main, world.export, odd, "--max-tokens", "2")[0] == 0
-        ids, starts = tokenizer.encode(odd)
-        assert tokenizer.decode(ids) == re.sub("[\ud800-\udfff]", "?", odd)
-        assert len(ids) == len(starts)
+        assert tokenizer.decode(tokenizer.encode(odd)[0]) == re.sub("[\ud800-\udfff]", "?", odd)
 
 
 def test_no_network_unless_a_hub_name_is_given(world: World,
@@ -365,9 +331,9 @@ def test_no_network_unless_a_hub_name_is_given(world: World,
     assert script(train.main, *world.inputs, *SHORT, "--out", out) == (0, "")
     assert script(export.main, out, "--out", out / "onnx") == (0, "")
     assert script(terminal.main, out / "onnx", "a", "--max-tokens", "2", "--verify") == (0, "")
-    for place in ("file:///etc", "https://example.org/x", "../x/y", "~/x", "/nowhere", "x"):
-        code, err = script(train.main, "--model", place, "--data", world.data)
-        assert code == 1 and err == f"error: no such model folder: {place}"
+    for place in ("file:///etc", "https://example.org/x"):           # test_hub.py has more
+        world.fails(train.main, "--model", place, "--data", world.data,
+                    says=f"no such model folder: {place}")
     assert not asked
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     assert script(train.main, "--model", "org/name", "--data", world.data)[0] == 1 and asked

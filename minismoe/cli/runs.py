@@ -142,12 +142,10 @@ def saved_config(run: Path) -> dict[str, Any]:
     form = {"arguments": dict, "identity": dict, "versions": dict, "threads": int}
     if lacks := [name for name, kind in form.items() if not isinstance(config.get(name), kind)]:
         raise ValueError(f"{file} is not of a run: it lacks {', '.join(lacks)}")
-    flags = {f.name: f for f in fields(RunConfig) if f.metadata}
-    saved = config["arguments"]
-    if other := [f"lacks {name}" for name in flags if name not in saved] + [
-            f"has {name}, which is no flag" for name in saved if name not in flags]:
-        raise ValueError(f"{file} {', '.join(other)}: another version of minismoe made this run, "
-                         "so train again with this one")
+    flags, saved = {f.name: f for f in fields(RunConfig) if f.metadata}, config["arguments"]
+    if other := sorted(flags.keys() ^ saved.keys()):
+        raise ValueError(f"{file} is of another version of minismoe, with other flags "
+                         f"({', '.join(other)}): train again with this one")
     for name, value in saved.items():
         if wrong := wrong_value(flags[name], value):
             raise ValueError(f"{file}: argument {option(name)}: {wrong}")

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..io.files import locked
 from ..io.process import bound_memory
-from ..io.signals import end_quietly, handling, interrupt, locked
+from ..io.signals import end_quietly, handling, interrupt
 from ..io.text import clean, open_streams, print_error
 
 COMMANDS = {"train": "fine-tune a model on your tasks",

@@ -1,17 +1,20 @@
-"""Files and folders that appear whole or not at all; JSON, links and hashes of files."""
+"""Files and folders that appear whole or not at all, and locks; JSON, links, hashes of files."""
 
 import errno
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 UNFINISHED = ".minismoe.tmp"             # the end of a folder's name before the renaming
+# Temporary files that a killed process leaves in a run.
+LEFTOVERS = (".*.json.*.tmp", ".*.svg.*.tmp", "adapter/.*.tmp", ".checkpoint.*.tmp")
 
 
 @contextmanager
@@ -56,30 +59,57 @@ def _temporary_file(path: Path) -> Path:
 
 
 def _temporary_folder(path: Path) -> tuple[Path, int | None]:
-    """A folder beside `path`, and its lock; those that killed processes left are removed."""
+    """A folder beside `path`, and its lock, if there is one; those that killed processes left are
+    removed."""
     for left in path.parent.glob(f".*{UNFINISHED}"):
-        if (lock := _lock(left)) is not None:
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(lock)
-    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    lock = _lock(new)                                # before it has a name that others look for
+        with suppress(OSError):
+            if (lock := _lock(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
+    new, lock = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)), None
+    with suppress(OSError):
+        lock = _lock(new)                            # before it has a name that others look for
     return new.rename(f"{new}{UNFINISHED}"), lock
 
 
-def _lock(folder: Path) -> int | None:
-    """Lock a folder until the number that is returned is closed; None if it is locked, or where a
-    folder cannot be, as on Windows."""
+def _lock(path: Path) -> int | None:
+    """Lock a folder, or a file, which is made, until the number that is returned is closed; None if
+    another process holds it. Raises OSError where it cannot be locked, as a folder on Windows."""
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        import fcntl
-        number = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        return None
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        if sys.platform == "win32":
+            import msvcrt
+            msvcrt.locking(number, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
         os.close(number)
+        if e.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise
         return None
     return number
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make `folder`, hold it for this process alone, and remove temporary files of killed ones.
+
+    The lock is the system's, on an open file, so it ends with the process. Raises BlockingIOError
+    if another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder / ".lock")
+    if lock is None:
+        raise BlockingIOError(f"{folder} is in use by another process: wait for its end, or choose "
+                              "another --out")
+    try:
+        for pattern in LEFTOVERS:
+            for path in folder.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield
+    finally:
+        os.close(lock)
 
 
 def _sync(path: Path) -> None:

@@ -1,21 +1,15 @@
-"""Signals that end a process, and the lock that keeps a folder for one process."""
+"""Signals that end a process."""
 
-import errno
 import os
-import shutil
 import signal
 import stat
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
           if hasattr(signal, name)]
-# Temporary files that a killed process leaves in a run.
-LEFTOVERS = (".*.json.*.tmp", ".*.svg.*.tmp", "adapter/.*.tmp", ".checkpoint.*.tmp")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -84,30 +78,3 @@ def waiting() -> Iterator[list[int]]:
 
     with handling(handler):
         yield came
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make `folder`, hold it for this process alone, and remove temporary files of killed ones.
-
-    The lock is the system's, on an open file, so it ends with the process. Raises BlockingIOError
-    if another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "ab") as f:
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-                msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            if e.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                raise
-            raise BlockingIOError(f"{folder} is in use by another process: wait for its end, or "
-                                  "choose another --out") from None
-        for pattern in LEFTOVERS:
-            for path in folder.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield

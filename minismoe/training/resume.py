@@ -30,7 +30,7 @@ class TrainingState(TypedDict):
     metrics: int             # bytes of metrics.jsonl
     best: float              # what `Trainer.validate` found at ...
     best_step: int           # ... the best step
-    order: str               # hash of the batches
+    order: str               # hash of the sizes of experts, and of the batches
 
 
 def save_checkpoint(run: Path, tensors: dict[str, Tensor], state: TrainingState) -> None:
@@ -47,7 +47,8 @@ def first_state(run: Path, batches: Sequence[Sequence[Example]], parameters: Map
     parameters: those that are trained, by name. Raises ValueError if the checkpoint is damaged, or
     of other experts or batches, or if the run's metrics.jsonl is shorter than it was.
     """
-    order = sha256_of_json([[(e.task, e.index) for e in batch] for batch in batches])
+    order = sha256_of_json([{name: [*p.shape] for name, p in parameters.items()},
+                            [[(e.task, e.index) for e in batch] for batch in batches]])
     file, metrics = run / NAME, run / "metrics.jsonl"
     run.mkdir(parents=True, exist_ok=True)
     if not resume:
@@ -62,12 +63,9 @@ def first_state(run: Path, batches: Sequence[Sequence[Example]], parameters: Map
     except (KeyError, SafetensorError, TypeError, ValueError) as e:
         raise ValueError(f"{file} is damaged ({e}): remove it, and --resume trains from the first "
                          "step on") from None
-    if {f"{name}/value": p.shape for name, p in parameters.items()} != {
-            name: tensor.shape for name, tensor in tensors.items() if name.endswith("/value")}:
-        raise ValueError(f"{file} belongs to another allocation than {run}'s")
     if state["order"] != order:
-        raise ValueError(f"{file} was trained on other batches: another data, seed, batch size or "
-                         "number of passes")
+        raise ValueError(f"{file} was trained on other experts or batches: another allocation, "
+                         "data, seed, batch size or number of passes")
     if (metrics.stat().st_size if metrics.is_file() else 0) < state["metrics"]:
         raise ValueError(f"{metrics} has not all that it held at step {state['step']}: put it "
                          f"back, or remove {file} to train again")

@@ -18,7 +18,6 @@ from minismoe.model.checkpoint import load_model
 if sys.platform != "linux":
     pytest.skip("they read peak memory as Linux tells it", allow_module_level=True)
 import few
-import merging
 import rounding
 import speed
 import speed_training
@@ -53,19 +52,6 @@ def test_speed_measures_exports_and_reports_ratios(tmp_path, capsys) -> None:
     seen = {"a": [{"s": 1.0}, {"s": 2.0}, {"s": 4.0}], "b": [{"s": 2.0}, {"s": 2.0}, {"s": 9.0}]}
     assert [line.split() for line in speed.report(seen).splitlines()[2:]] == [
         ["a", "2", "(1.00)"], ["b", "2", "(2.00)"]]
-
-
-def test_merging_has_a_row_for_the_mixture_and_for_its_fits(inputs, tmp_path, capsys) -> None:
-    train.main([*inputs, "--strategy", "uniform", "--budget-params", "9999", "--lr", "0.1",
-                "--epochs", "20", "--rank", "2", "--out", str(tmp_path / "run")])
-    capsys.readouterr()
-    merging.main([str(tmp_path / "run")])
-    head, _, *rows = capsys.readouterr().out.splitlines()[-5:]
-    assert head.split() == ["exact", "match", "sum", "upper", "mean", "missed"]
-    assert [re.split("  +", row)[0] for row in rows] == [
-        "mixture", "merged", "merged for each task"]
-    both, each = (float(row.split()[-2]) for row in rows[1:])
-    assert 0 < each < 100 and 0 < both < 100, rows
 
 
 @pytest.fixture(scope="module")

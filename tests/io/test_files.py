@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import python
 
+from minismoe.io import files
 from minismoe.io.files import read_json, replacing, write_json
 
 
@@ -44,6 +45,20 @@ def test_folders_of_killed_processes_are_removed(tmp_path: Path, monkeypatch) ->
           replacing(tmp_path / "second", folder=True)):
         assert alive.exists() and not left[0].exists()
     assert {p.name for p in tmp_path.iterdir()} == {".notes.tmp", "alive", "second"}
+
+
+def test_a_file_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   ) -> None:
+    """A power cut after the renaming must not find a file of zeros under the new name."""
+    said: list[tuple[str, str]] = []
+    sync, replace = files._sync, os.replace
+    monkeypatch.setattr(files, "_sync", lambda p: (said.append(("sync", p.name)), sync(p)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (
+        said.append(("name", Path(b).name)), replace(a, b)))
+    write_json(tmp_path / "x.json", {})
+    (first, synced), *after = said
+    assert first == "sync" and synced.startswith(".x.json.")
+    assert after == [("name", "x.json"), ("sync", tmp_path.name)]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="folders are not flushed there")

@@ -2,10 +2,12 @@
 
 import errno
 import io
+import re
 import sys
 import time
 
 import pytest
+import torch
 
 from minismoe.io.progress import progress_bar
 from minismoe.io.text import LONGEST, clean, error_line, print_error, table
@@ -41,6 +43,20 @@ def test_clean_keeps_what_can_be_read_and_nothing_else() -> None:
     (OSError("plain"), "plain")])
 def test_an_error_is_one_line_with_advice(error: BaseException, line: str) -> None:
     assert error_line(error) == line
+
+
+@pytest.mark.parametrize("said", [
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has", "Invalid buffer size: 24.00 GiB",
+    "MPS backend out of memory (MPS allocated: 9 GB). Tried to allocate 1 GB",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "of torch on this CPU"])
+def test_out_of_memory_names_the_flags_that_help(said: str) -> None:
+    if said == "of torch on this CPU":
+        with pytest.raises(RuntimeError) as raised:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        said = str(raised.value)
+    for error in RuntimeError(said), MemoryError():
+        assert re.fullmatch("out of memory .*--micro-batch-size.*--max-length.*--recompute.*"
+                            "--base-bits.*", error_line(error))
 
 
 def test_a_long_error_is_cut() -> None:

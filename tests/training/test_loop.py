@@ -141,24 +141,6 @@ def test_the_defaults_of_training_are_these() -> None:
             plan.PROMPT_SHARE) == (120, 3, 2, 0.1, 50, 3.0)
 
 
-def test_ctrl_c_saves_and_resume_gives_the_same_bits(tmp_path, monkeypatch) -> None:
-    cfg, dtype = TrainConfig(epochs=3, batch_size=4, micro_batch_size=2, lr=1e-2), torch.bfloat16
-    straight = tiny(dtype=dtype)
-    train(straight, examples(), cfg, tmp_path / "straight", pad_id=0)
-
-    calls = interrupt_in(monkeypatch, "gradients", 8)    # the first one tells how long a step takes
-    with pytest.raises(Interrupted, match="step 7 of 18"):
-        train(tiny(dtype=dtype), examples(), cfg, tmp_path / "cut", pad_id=0)
-    resumed = tiny(dtype=dtype)
-    train(resumed, examples(), cfg, tmp_path / "cut", pad_id=0, resume=True)
-    assert len(calls) == 2 + 18                          # it did not begin anew
-    for (name, a), (_, b) in zip(straight.named_parameters(), resumed.named_parameters()):
-        assert torch.equal(a, b), name
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").open()]
-              for run in ("straight", "cut")]
-    assert losses[0] == losses[1]
-
-
 def test_another_thread_can_train(tmp_path) -> None:
     """As in a notebook's worker; only a program's main thread may handle signals."""
     thread = threading.Thread(target=train, args=(
@@ -246,13 +228,14 @@ def test_right_answers_choose_the_step_if_there_are_enough(count: int, chooses: 
 def test_a_resumed_run_keeps_the_same_best_step_to_the_bit(tmp_path, monkeypatch) -> None:
     straight, _ = overfitting(tmp_path / "straight")
     # After the best step.
-    interrupt_in(monkeypatch, "validate", len(measured(tmp_path / "straight")) - 1)
-    with pytest.raises(Interrupted):
+    calls = interrupt_in(monkeypatch, "validate", len(measured(tmp_path / "straight")) - 1)
+    with pytest.raises(Interrupted, match="saved after step 14 of 16"):
         overfitting(tmp_path / "cut")
     for _ in range(2):                                   # a run that has ended stays as it is
         resumed, _ = overfitting(tmp_path / "cut", resume=True)
         for (name, a), b in zip(straight.named_parameters(), resumed.parameters()):
             assert torch.equal(a, b), name
+    assert len(calls) == 8                               # it did not begin anew
     assert measured(tmp_path / "cut") == measured(tmp_path / "straight")
 
 
@@ -266,18 +249,10 @@ def test_not_finite_gradient_is_not_stepped(tmp_path, monkeypatch) -> None:
         return result
 
     monkeypatch.setattr(Trainer, "gradients", overflows)
-    with pytest.raises(ArithmeticError, match=r"the norm of its gradient inf at step 1, on the"):
+    with pytest.raises(ArithmeticError, match=r"the norm of its gradient inf at step 1, on "
+                       r"the training lines a 3, a 1, b 2, b 4 \(.*lower --lr"):
         train(model, examples(4), TrainConfig(batch_size=4), tmp_path, pad_id=0)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-
-
-def test_resuming_another_allocation_is_refused(tmp_path) -> None:
-    cfg = TrainConfig(epochs=1, batch_size=8, checkpoint_every=1)
-    train(tiny(), examples(), cfg, tmp_path, pad_id=0)
-    model = CausalLM(tiny_config())
-    add_experts(model, {"model.layers.0.mlp.up_proj": 2}, rank=4)
-    with pytest.raises(ValueError, match="another allocation"):
-        train(model, examples(), cfg, tmp_path, pad_id=0, resume=True)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),

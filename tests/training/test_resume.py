@@ -18,14 +18,13 @@ import torch
 import tqdm.std
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import ROOT, examples, finish, interrupt_in, python, tiny
+from tiny import ROOT, edit_tensors, examples, finish, interrupt_in, python, tiny
 
 import minismoe.training.loop as training
 import probe
 import train
-from minismoe.io import files
-from minismoe.io.files import read_json, replacing, write_json
-from minismoe.io.signals import ENDING, Interrupted, handling, interrupt, locked
+from minismoe.io.files import locked, read_json, write_json
+from minismoe.io.signals import ENDING, Interrupted
 from minismoe.training import resume
 from minismoe.training.plan import TrainConfig
 
@@ -49,12 +48,6 @@ def goes_on(run: Path, wanted: dict[str, torch.Tensor]) -> None:
     training.train(model, examples(), CFG, run, pad_id=0, resume=True)
     assert all(torch.equal(p, wanted[n]) for n, p in model.named_parameters())
     assert (run / "metrics.jsonl").read_text().count("\n") == 12
-
-
-def flip(file: Path, bit: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[bit // 8] ^= 1 << bit % 8
-    file.write_bytes(content)
 
 
 def state_of(run: Path) -> dict[str, Any]:
@@ -91,24 +84,11 @@ def test_lost_metrics_are_refused_and_cost_no_checkpoint(trained, tmp_path) -> N
     goes_on(run, trained[1])
 
 
-def test_a_checkpoint_is_flushed_to_disk_before_it_gets_its_name(tmp_path, monkeypatch) -> None:
-    """A power cut after the rename must not find files of zeros under the new name."""
-    said: list[tuple[str, str]] = []
-    sync, replace = files._sync, os.replace
-    monkeypatch.setattr(files, "_sync", lambda p: (said.append(("sync", p.name)), sync(p)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (
-        said.append(("name", Path(b).name)), replace(a, b)))
-    expert = torch.nn.Parameter(torch.zeros(1))
-    resume.save_checkpoint(tmp_path, {"a": expert.detach()}, {"step": 1})
-    (first, synced), *after = said
-    assert first == "sync" and synced.startswith(".checkpoint.safetensors.")
-    assert after == [("name", resume.NAME), ("sync", tmp_path.name)]
-
-
-def test_resuming_on_other_batches_is_refused(trained, tmp_path) -> None:
+def test_resuming_on_other_batches_or_experts_is_refused(trained, tmp_path) -> None:
     run = shutil.copytree(trained[0], tmp_path / "run")
-    with pytest.raises(ValueError, match="trained on other batches"):
-        training.train(tiny(), examples(23), CFG, run, pad_id=0, resume=True)
+    for model, lines in (tiny(), examples(23)), (tiny(2), examples()):
+        with pytest.raises(ValueError, match="was trained on other experts or batches"):
+            training.train(model, lines, CFG, run, pad_id=0, resume=True)
 
 
 def test_a_wall_clock_that_jumps_changes_nothing(trained, tmp_path, monkeypatch) -> None:
@@ -119,9 +99,8 @@ def test_a_wall_clock_that_jumps_changes_nothing(trained, tmp_path, monkeypatch)
     goes_on(tmp_path, trained[1])
 
 
-@pytest.fixture
-def clock(monkeypatch) -> list[float]:
-    """A clock at [0], on which each step of training takes 25 s."""
+def test_seconds_add_up_over_resumes(tmp_path, monkeypatch) -> None:
+    """By a clock on which each step takes 25 s."""
     now, step = [0.0], training.Trainer.gradients
 
     def slow(*args):
@@ -129,16 +108,10 @@ def clock(monkeypatch) -> list[float]:
         return step(*args)
 
     monkeypatch.setattr(training.Trainer, "gradients", slow)
-    for name in ("monotonic", "perf_counter"):
-        monkeypatch.setattr(time, name, lambda: now[0])
-    return now
-
-
-def test_seconds_add_up_over_resumes(tmp_path, clock) -> None:
-    cfg = TrainConfig(epochs=1, batch_size=8, micro_batch_size=8, checkpoint_every=1)
-    assert training.train(tiny(), examples(), cfg, tmp_path, 0)["seconds"] == 75
-    clock[0] += 1000
-    assert training.train(tiny(), examples(), cfg, tmp_path, 0, resume=True)["seconds"] == 75
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    for resumed in False, True:
+        assert training.train(tiny(), examples(), CFG, tmp_path, 0, resumed)["seconds"] == 300
+        now[0] += 1000
 
 
 def test_every_ending_signal_lets_the_step_end_and_saves_it(inputs, tmp_path, capsys,
@@ -179,7 +152,7 @@ def test_a_closed_terminal_loses_nothing(inputs, tmp_path, signals) -> None:
 def test_a_second_process_on_a_run_is_refused(tmp_path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", f"""
 import sys, time; sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path; from minismoe.io.signals import locked
+from pathlib import Path; from minismoe.io.files import locked
 with locked(Path({str(tmp_path)!r})): print("held", flush=True); time.sleep(60)"""],
                               stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
@@ -198,8 +171,7 @@ def test_resuming_with_other_inputs_is_refused_and_says_which(inputs, run, tmp_p
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
     fails(train.main, "--resume", "--out", tmp_path, says="holds no run: config.json is missing")
     (data / "upper" / "train.jsonl").write_text('{"prompt": "say 1", "completion": "N2"}\n')
-    header = int.from_bytes((model / "model.safetensors").read_bytes()[:8], "little")
-    flip(model / "model.safetensors", 8 * (8 + header))          # the first weight
+    edit_tensors(model / "model.safetensors", lambda t: t["model.norm.weight"][0].add_(1))
     allocation = read_json(run / "allocation.json")
     write_json(run / "allocation.json", {**allocation, "alpha": 7})
     code, _, err = finish(train.main, "--resume", "--out", run, "--model", model, "--data", data,
@@ -230,28 +202,6 @@ def test_a_run_interrupted_while_probing_can_start_anew(inputs, tmp_path, capsys
         assert finish(train.main, *begin, capsys=capsys)[0] == 130
     assert not (tmp_path / "trained").exists()
     succeed(train.main, *begin)
-
-
-@posix
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_export_leaves_nothing_under_its_name(tmp_path, number) -> None:
-    def write(end: bool) -> None:
-        with handling(interrupt), replacing(tmp_path / "out", folder=True) as folder:
-            (folder / "model.onnx").write_bytes(b"whole" if not end else b"half")
-            if end:
-                os.kill(os.getpid(), number)
-
-    if not (pid := os.fork()):
-        try:
-            write(end=True)
-        finally:
-            os._exit(3)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (
-        -signal.SIGKILL if number == signal.SIGKILL else 3)
-    left = [p.name for p in tmp_path.iterdir()]
-    assert all(n.startswith(".out.") for n in left) and len(left) == (number == signal.SIGKILL)
-    write(end=False)                              # what is left stands in nobody's way
-    assert (tmp_path / "out" / "model.onnx").read_bytes() == b"whole"
 
 
 def kill_resume(inputs: Sequence[str], *flags: str) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,76 +10,50 @@ from tiny import python
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")]
 
-RESIDENT = """
-import resource
-
-def resident():
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * resource.getpagesize()
-"""
-
-TRAIN = RESIDENT + """
+WATCH = """
 import json, sys
 from pathlib import Path
+seen, folder = [], Path(sys.argv[1])
+
+def watch():
+    seen.append(int(Path("/proc/self/statm").read_text().split()[1]))
+"""
+
+TRAIN = """
 import minismoe.training.loop as training
 from minismoe.training.plan import TrainConfig
 from minismoe.io.process import bound_memory
-from tiny import examples, python, tiny
+from tiny import examples, tiny
 bound_memory()
-seen, step = [], training.Trainer.gradients
-
-def watched(*args):
-    seen.append(resident())
-    return step(*args)
-
-training.Trainer.gradients = watched
+step = training.Trainer.gradients
+training.Trainer.gradients = lambda *args: (watch(), step(*args))[1]
 cfg = TrainConfig(epochs=334, batch_size=4, micro_batch_size=2, checkpoint_every=100)
-training.train(tiny(), examples(), cfg, Path(sys.argv[1]), 0)
-print(json.dumps(seen))
+training.train(tiny(), examples(), cfg, folder, 0)
 """
 
-GENERATE = RESIDENT + """
-import json, sys
-from pathlib import Path
+GENERATE = """
 import torch
 from exported import CONFIG, export
 from minismoe.model.decoder import CausalLM, Config
 from minismoe.runtime import Generator
 torch.manual_seed(0)
-folder = export(CausalLM(Config.from_dict(CONFIG)).eval(), Path(sys.argv[1]) / "model")
-generator, seen = Generator(folder, threads=1), []
+export(CausalLM(Config.from_dict(CONFIG)).eval(), folder / "model")
+generator = Generator(folder / "model", threads=1)
 for n in range(2000):
     list(generator.generate([1 + (n + i) % 40 for i in range(1 + n % 30)], 1 + n % 16,
                             temperature=n % 2 * 0.8, seed=n))
-    seen.append(resident())
-print(json.dumps(seen))
+    watch()
 """
 
 
-def watch(code: str, folder: Path) -> list[int]:
-    """Resident bytes, step by step, of a process that works in `folder`."""
-    run = python("-c", code, folder, timeout=3600)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-def flat(seen: list[int]) -> bool:
+@pytest.mark.parametrize("work", [TRAIN, GENERATE], ids=["train", "generate"])
+def test_memory_stays_flat_in_2000_turns(tmp_path: Path, work: str) -> None:
     """Within 2 % of what it was after a fifth of the way."""
-    warm = len(seen) // 5
-    return len(seen) >= 2000 and max(seen[warm:]) <= 1.02 * seen[warm]
-
-
-def test_memory_stays_flat_in_2000_training_steps(tmp_path: Path) -> None:
-    seen = watch(TRAIN, tmp_path)
-    assert flat(seen), [b >> 20 for b in seen[::100]]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.safetensors",
-                                                          "metrics.jsonl"]
-
-
-def test_memory_stays_flat_in_2000_generations(tmp_path: Path) -> None:
-    shared = Path(tempfile.gettempdir())
-    before = {p.name for p in shared.iterdir() if p.name.startswith("tmp")}
-    seen = watch(GENERATE, tmp_path)
-    assert flat(seen), [b >> 20 for b in seen[::100]]
-    assert not [p for p in tmp_path.rglob("*") if p.suffix == ".tmp"]
-    assert {p.name for p in shared.iterdir() if p.name.startswith("tmp")} <= before
+    (temporary := tmp_path / "tmp").mkdir()
+    done = python("-c", f"{WATCH}{work}\nprint(json.dumps(seen))", tmp_path, timeout=3600,
+                  TMPDIR=str(temporary))
+    assert done.returncode == 0, done.stderr
+    pages = json.loads(done.stdout.splitlines()[-1])
+    warm = len(pages) // 5
+    assert len(pages) >= 2000 and max(pages[warm:]) <= 1.02 * pages[warm], pages[::100]
+    assert not [*temporary.iterdir()] and not [*tmp_path.rglob("*.tmp")]
