@@ -1,7 +1,8 @@
 """The installed command, how a script ends, and how it keeps others out of its folder.
 
 In a clone, train.py, probe.py and export.py at the top are the scripts themselves; an installation
-holds them as the package minismoe.scripts. Nothing here loads torch: chat does without it.
+holds them as the package minismoe.scripts. Nothing here loads torch or safetensors before a script
+that needs them runs: chat does without.
 """
 
 import signal
@@ -11,8 +12,6 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from ..io.files import locked
 from ..io.process import bound_memory
@@ -54,6 +53,8 @@ def command(name: str) -> str:
 def run_script(main: Callable[[Sequence[str]], None]) -> None:
     """Call a script's main and exit: 0 done, 1 failed with one line on stderr, 128 + the signal's
     number after Ctrl-C (130), SIGTERM (143) and SIGHUP (129)."""
+    from safetensors import SafetensorError  # chat, which does not come here, does without it
+
     argv = sys.argv[1:]
     bound_memory()
     open_streams()
