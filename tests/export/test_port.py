@@ -427,11 +427,14 @@ def test_a_task_is_asked_as_it_was_judged(model: Path, build: Callable[..., Path
     alone = ask(program, model, asked[0], "--max-tokens=8").replace("\n", "\\n").replace(
         "\r", "\\r")
     assert readable([alone]) == readable([said[0] + "\\n"])
-    generator = Generator(model, threads=1)
-    best = [generator.choose(generator.tokenizer.render([{"role": "user", "content": q}], True),
-                             CHOICES, 3) for q in asked]
-    assert ask(program, model, "--choices", text="\n".join(QUESTIONS)) == "".join(
-        f"{a[0].text}\n" for a in best)
+    lines = "\n".join("x" * (9 * n) for n in range(1, 21))
+    for theirs, ours in (["--max-tokens=8"],) * 2, (["--choices=one"], ["--choices"]):
+        runtime = subprocess.run([sys.executable, "-m", "minismoe.runtime", model, "--lines",
+                                  *theirs], cwd=ROOT, input=lines, capture_output=True, text=True)
+        assert runtime.returncode == 0, runtime.stderr
+        said = readable(runtime.stdout.split("\n"))
+        assert readable(ask(program, model, *ours, text=lines).split("\n")) == said
+        assert len({*said}) > 2
 
 
 def test_each_task_has_its_own_set(model: Path, build: Callable[..., Path]) -> None:
@@ -573,15 +576,18 @@ def test_java_asks(count: int, model: Path, tmp_path: Path, build: Callable[...,
     (tmp_path / "Run.java").write_text(RUN)
     subprocess.run(["javac", "-d", tmp_path, android / "src/main/java/app/Answer.java",
                     tmp_path / "Run.java"], check=True)
+    questions = ["x" * (3 * n) for n in range(4, 64)]
     done = subprocess.run(
         ["java", "-Xms32m", "-Xmx32m", "-XX:+AlwaysPreTouch", "-XX:+UseSerialGC", "-cp", tmp_path,
          f"-Djava.library.path={tmp_path}", "Run", model, str(count)],
-        input="\n".join(QUESTIONS), capture_output=True, text=True)
+        input="\n".join(questions), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     error, *answers, growth = done.stdout.splitlines()
     assert error.startswith("cannot read /none/answer.bin")
-    assert answers == ask(build(PORT / "answer.c"), model, "--choices",
-                          text="\n".join(QUESTIONS)).splitlines()
+    generator = Generator(model, threads=1)
+    chats = [[{"role": "user", "content": INSTRUCTION + question}] for question in questions]
+    assert answers == [generator.choose(generator.tokenizer.render(chat, True), CHOICES)[0].text
+                       for chat in chats] and len({*answers}) > 2
     print(f"{growth} kB")
     assert int(growth) < 10_000
 

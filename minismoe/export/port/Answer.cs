@@ -1,14 +1,14 @@
-// Untested. Beside it: answer.c compiled with -DANSWER_LIBRARY to a shared library, linked with onnxruntime.
+// Run on Linux by Mono 6.12. Beside it: answer.c compiled with -DANSWER_LIBRARY to a shared library, linked with onnxruntime.
 using System;
 using System.Runtime.InteropServices;
 
 static class Answer {
     [StructLayout(LayoutKind.Sequential)] struct Result {
-        public nuint Most, Best; public int Trim; public IntPtr Text; public double LogProb;
-        public IntPtr Choices; public nuint Found, PromptTokens, Tokens, Steps; public double FirstToken; }
+        public UIntPtr Most, Best; public int Trim; public IntPtr Text; public double LogProb;
+        public IntPtr Choices; public UIntPtr Found, PromptTokens, Tokens, Steps; public double FirstToken; }
     [DllImport("answer")] static extern IntPtr open_answer([MarshalAs(UnmanagedType.LPUTF8Str)] string folder, int threads);
     [DllImport("answer")] static extern int ask_answer(IntPtr handle, [MarshalAs(UnmanagedType.LPUTF8Str)] string question,
-        [MarshalAs(UnmanagedType.LPUTF8Str)] string? task, ref Result result);
+        [MarshalAs(UnmanagedType.LPUTF8Str)] string task, ref Result result);
     [DllImport("answer")] static extern IntPtr answer_error(IntPtr handle);
     static void Main(string[] args) {                    // FOLDER QUESTION
         IntPtr model = open_answer(args[0], 0); var result = new Result();

@@ -130,7 +130,8 @@ static u32 crc(u32 crc, const unsigned char *bytes, size_t n) {
 }
 /* Entry i of a table of numbers, and a copy of text i. A damaged table may point anywhere. */
 static u32 number(Answer *a, int t, size_t i) {
-    return i < a->count[t] ? ((const u32 *)a->table[t])[i] : (damaged(a), 0);
+    if (i >= a->count[t]) damaged(a);
+    return ((const u32 *)a->table[t])[i];
 }
 static char *text_at(Answer *a, size_t i, u32 *length) {
     u32 at = number(a, STARTS, i), all = a->count[TEXTS];
@@ -161,13 +162,13 @@ static void open_table(Answer *a) {
     }
     if (!good || !a->count[PROMPT] || !a->head->vocab) fail(a, "%s is damaged: export again", path);
     a->tasks = take(a, a->count[TASKS] + 1, sizeof *a->tasks);
-    for (u32 i = 0, length; i < a->count[TASKS]; i++) {
+    for (u32 i = 0, length, used = 0; i < a->count[TASKS]; i++, used = strlen(a->names)) {
         const Row *row = (const Row *)a->table[TASKS] + i;
         a->tasks[i] = (Task){text_at(a, row->first, &length), text_at(a, row->second, &length),
                              row->a, row->b};
-        snprintf(a->names + strlen(a->names), sizeof a->names - strlen(a->names), "%s%s",
-                 i ? ", " : "", a->tasks[i].name);
+        snprintf(a->names + used, sizeof a->names - used, i ? ", %s" : "%s", a->tasks[i].name);
     }
+    if (!*a->names) strcpy(a->names, "none");
 }
 /* The row of a sorted table that begins with (first, second), or NULL. */
 static const Row *find(Answer *a, int t, u32 first, u32 second) {
@@ -340,7 +341,7 @@ static size_t encode(Answer *a, const u32 *c, size_t n, u32 *ids) {
     }
     return tokens;
 }
-/* The characters of a text. */
+/* The characters of a text, `c`; returns how many. */
 static size_t decode(Answer *a, const char *text, size_t length, u32 *c) {
     size_t n = 0;
     for (size_t i = 0, size; i < length; i += size)
@@ -348,30 +349,33 @@ static size_t decode(Answer *a, const char *text, size_t length, u32 *c) {
             fail(a, "byte %zu of the question is no UTF-8", i + 1);
     return n;
 }
-static void strip(Answer *a, const u32 **c, size_t *n) {
-    while (*n && kind(a, **c) & BLANK) ++*c, --*n;
-    while (*n && kind(a, (*c)[*n - 1]) & BLANK) --*n;
+/* Takes white space around n characters away; returns how many are left. */
+static size_t strip(Answer *a, u32 *c, size_t n) {
+    size_t first = 0;
+    while (n && kind(a, c[n - 1]) & BLANK) n--;
+    while (first < n && kind(a, c[first]) & BLANK) first++;
+    memmove(c, c + first, (n - first) * sizeof *c);
+    return n - first;
 }
 /* The tokens of an instruction and a question within the chat template; `size` says how many. A
    question that begins with the instruction is not given it twice. */
 static u32 *prompt_of(Answer *a, const char *instruction, const char *text, size_t length,
                       bool trim, size_t *size) {
     size_t before = a->count[BEFORE], after = a->count[AFTER], most = strlen(instruction) + length;
-    u32 *given = take(a, length + 1, sizeof *given);
     u32 *c = take(a, before + most + after + 1, sizeof *c), *content = c + before;
-    const u32 *question = given;
-    size_t n = decode(a, text, length, given);
-    if (trim) strip(a, &question, &n);
+    size_t given = decode(a, instruction, strlen(instruction), content);
+    u32 *question = content + given;
+    size_t n = decode(a, text, length, question);
+    if (trim) n = strip(a, question, n);
     if (!n) fail(a, "the question is empty");
-    size_t begins = decode(a, instruction, strlen(instruction), content);
-    if (begins <= n && !memcmp(content, question, begins * sizeof *c)) begins = 0;
-    memcpy(content + begins, question, n * sizeof *c), n += begins, question = content;
-    if (HAS(STRIP)) strip(a, &question, &n);
-    memmove(content, question, n * sizeof *c);
+    if (given > n || memcmp(content, question, given * sizeof *c)) n += given;
+    else memmove(content, question, n * sizeof *c);
+    if (HAS(STRIP)) n = strip(a, content, n);
     memcpy(c, a->table[BEFORE], before * sizeof *c);
     memcpy(content + n, a->table[AFTER], after * sizeof *c);
     u32 *ids = take(a, 12 * (before + n + after) + 1, sizeof *ids);
-    return *size = encode(a, c, before + n + after, ids), ids;
+    *size = encode(a, c, before + n + after, ids);
+    return ids;
 }
 
 /* 5. The model ***********************************************************************************/
@@ -415,9 +419,9 @@ static void open_past(Answer *a, size_t i) {
 static void open_model(Answer *a, int threads) {
     static const char *const known[] = {"input_ids", "attention_mask", "position_ids", ""};
     const char *version = OrtGetApiBase()->GetVersionString();
-    int type; int64_t shape[8] = {0}; char *end; const u32 context = a->head->context;
-    long major = strtol(version, &end, 10), minor = strtol(end + (*end == '.'), NULL, 10);
-    if (major < 1 || (major == 1 && minor < 30))         /* whose GetApi would print 1,000 lines */
+    int type, major = 0, minor = 0; int64_t shape[8] = {0}; const u32 context = a->head->context;
+    sscanf(version, "%d.%d", &major, &minor);
+    if (100 * major + minor < 130)           /* whose GetApi would print 1,000 lines */
         fail(a, "onnxruntime %s is too old: link 1.30 or later", version);
     const OrtApi *ort = a->ort = OrtGetApiBase()->GetApi(21);
     call(a, ort->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "answer", &a->environment));
@@ -586,14 +590,12 @@ static void search(Answer *a, Cache from, u32 *ids, size_t unread, u32 node, dou
     forget(a, cache);
 }
 static void answer(Answer *a, const char *question, const char *name, AnswerResult *r) {
-    double start = now(); const Task *task = a->count[TASKS] == 1 ? a->tasks : NULL;
-    for (u32 i = 0; i < a->count[TASKS] && name; i++)
-        if (!strcmp(name, a->tasks[i].name)) task = a->tasks + i;
-    if (name && (!task || strcmp(name, task->name)))
-        fail(a, "the folder has no task %s: it has %s", name, *a->names ? a->names : "none");
-    if (r->best && (!task || task->node == NONE))
-        fail(a, task ? "the task %s has no set of answers" : "name a task with a set of answers: "
-             "the folder has %s", task ? task->name : *a->names ? a->names : "none");
+    double start = now(); const Task *task = NULL;
+    for (u32 i = 0; i < a->count[TASKS]; i++)
+        if (name ? !strcmp(name, a->tasks[i].name) : a->count[TASKS] == 1) task = a->tasks + i;
+    if (name && !task) fail(a, "the folder has no task %s: it has %s", name, a->names);
+    if (r->best && !task) fail(a, "name a task with a set of answers: there is %s", a->names);
+    if (r->best && task->node == NONE) fail(a, "the task %s has no set of answers", task->name);
     u32 *ids = prompt_of(a, task ? task->instruction : "", question, strlen(question), r->trim,
                          &r->prompt_tokens), longest_answer = r->best ? task->longest : 1;
     if (r->prompt_tokens + longest_answer > a->head->context)
