@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import QUICK, ROOT, cut, exit_code, save_bytes_model, write_lines
+from tiny import QUICK, ROOT, cut, edit_tensors, exit_code, save_bytes_model, write_lines
 
 import export
 import probe
@@ -103,8 +104,9 @@ def script(main: Callable[[Sequence[str]], None], *args: object) -> tuple[int, s
 
 
 def contents(*folders: Path) -> dict[Path, bytes]:
-    """The files in folders."""
-    return {p: p.read_bytes() for folder in folders for p in folder.rglob("*") if p.is_file()}
+    """The files in folders; of a link, where it points."""
+    return {p: os.fsencode(os.readlink(p)) if p.is_symlink() else p.read_bytes()
+            for folder in folders for p in folder.rglob("*") if p.is_symlink() or p.is_file()}
 
 
 def edit(file: Path, change: Callable[[Any], object]) -> None:
@@ -217,6 +219,16 @@ def test_a_device_that_is_not_there_is_refused_by_name(world: World, device: str
     for main in (train.main, probe.main, export.main):
         world.fails(main, *world.given(main), "--device", device, "--out", world.new,
                     says=f"torch finds no device {device} here")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_without_an_adapter(world: World) -> None:
+    edit_tensors(world.model / "model.safetensors",
+                 lambda t: t["model.layers.1.mlp.down_proj.weight"].fill_(math.inf))
+    code, err = script(train.main, *world.inputs, *SHORT, "--out", world.new, "--allocation",
+                       world.run / "allocation.json")
+    assert code == 1 and re.fullmatch("error: the loss is nan and the norm .* nan at step 1, on "
+                                      "the training lines t .*--lr.*", err)
+    assert not (world.new / "adapter").exists() and not (world.new / "results.json").exists()
 
 
 # Models, data and runs

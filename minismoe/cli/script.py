@@ -1,8 +1,7 @@
 """The installed command, how a script ends, and how it keeps others out of its folder.
 
 In a clone, train.py, probe.py and export.py at the top are the scripts themselves; an installation
-holds them as the package minismoe.scripts. Nothing here loads torch or safetensors before a script
-that needs them runs: chat does without.
+holds them as the package minismoe.scripts. Chat starts without torch and without safetensors.
 """
 
 import signal
@@ -54,7 +53,6 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
     """Call a script's main and exit: 0 done, 1 failed with one line on stderr, 128 + the signal's
     number after Ctrl-C (130), SIGTERM (143) and SIGHUP (129)."""
     from safetensors import SafetensorError  # chat, which does not come here, does without it
-
     argv = sys.argv[1:]
     bound_memory()
     open_streams()

@@ -88,6 +88,7 @@ class FileTokenizer:
         self.special = {t.content: i for i, t in added.items() if t.special}
 
     def encode(self, text: str, special: bool = True) -> tuple[list[int], list[int]]:
+        """As ByteTokenizer's; ValueError for a text or a token that file or model cannot take."""
         # Lone surrogates (half an emoji, invalid UTF-8 in argv) become "?", as in ByteTokenizer.
         text = text.encode("utf-8", "replace").decode("utf-8")
         if special == self.backend.encode_special_tokens:        # as text, by this odd name

@@ -43,6 +43,7 @@ def _json(schema: Any) -> str:
     combines, multiple = '"allOf"' in text, 1
 
     def close(part: dict[str, Any]) -> dict[str, Any]:
+        """A part of the schema, read from its leaves up, whose objects have no other properties."""
         nonlocal combines, multiple
         _refuse_bounds(part)
         if type(factor := part.get("multipleOf")) in (int, float):

@@ -55,8 +55,10 @@ def test_out_of_memory_names_the_flags_that_help(said: str) -> None:
             torch.empty(1 << 60, dtype=torch.uint8)
         said = str(raised.value)
     for error in RuntimeError(said), MemoryError():
+        line = error_line(error)
         assert re.fullmatch("out of memory .*--micro-batch-size.*--max-length.*--recompute.*"
-                            "--base-bits.*", error_line(error))
+                            "--base-bits.*", line)
+        assert "bfloat16" not in line            # it is slow on many CPUs
 
 
 def test_a_long_error_is_cut() -> None:

@@ -1,4 +1,5 @@
-// Run on Linux by Mono 6.12. Beside it: answer.c compiled with -DANSWER_LIBRARY to a shared library, linked with onnxruntime.
+// Run on Linux by Mono 6.12. Beside it: answer.c compiled with -DANSWER_LIBRARY to a shared library,
+// linked with onnxruntime.
 using System;
 using System.Runtime.InteropServices;
 

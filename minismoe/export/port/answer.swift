@@ -1,5 +1,6 @@
-// Run on Linux by Swift 6.0; not in an app. In Xcode: add answer.c (with -DANSWER_LIBRARY), answer.h, module.modulemap and, as a folder
-// reference, the exported folder. Link onnxruntime: the pod onnxruntime-c, 1.30 or later.
+// Run on Linux by Swift 6.0, and not in an app. In Xcode: add answer.c (with -DANSWER_LIBRARY),
+// answer.h, module.modulemap and, as a folder reference, the exported folder. Link onnxruntime: the
+// pod onnxruntime-c, 1.30 or later.
 import AnswerC
 import Foundation
 
