@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ import onnxruntime as ort
 
 from ..io.files import naming
 from ..io.process import processors
-from ..io.text import clean
+from ..io.text import clean, clip
 
 CPU = "CPUExecutionProvider"
 PLUGINS = {                 # module, the package that brings it, onnxruntime's name of its provider
@@ -40,7 +41,7 @@ OPTIONS = {"openvino": {"load_config": json.dumps(                   # else it r
 EMULATED = platform.machine().lower() in ("x86_64", "amd64")
 SOC = 60                                     # Snapdragon X Elite, unless a folder says another one
 load_library = cache(ort.register_execution_provider_library)        # twice is an error
-silencing = threading.Lock()                 # one thread: it redirects the whole process's output
+capturing = threading.Lock()                 # one thread: it redirects the whole process's output
 
 
 class Device(NamedTuple):
@@ -95,7 +96,7 @@ def _load(module: str, package: str, ep: str) -> Any:
     except ImportError:
         raise ImportError(f"{ep} needs pip install {package}, and Python 3.11 or later") from None
     library = getattr(plugin, "library_path", None) or plugin.get_library_path   # mlx, and others
-    with silenced(), naming(f"onnxruntime cannot load {package}", Exception):
+    with captured(), naming(f"onnxruntime cannot load {package}", Exception):
         load_library(ep, library())
     return plugin
 
@@ -107,7 +108,7 @@ def preferred(names: Sequence[str], graph: Path) -> str:
         with suppress(ImportError, ValueError):
             names_by_ep[find_device(name).ep] = name
     options.set_provider_selection_policy(ort.OrtExecutionProviderDevicePolicy.PREFER_GPU)
-    with suppress(Exception), silenced():    # an emulated NPU is not chosen, but raises
+    with suppress(Exception), captured():    # an emulated NPU is not chosen, but raises
         chosen = ort.InferenceSession(str(graph), options).get_providers()
         return next(names_by_ep[ep] for ep in chosen if ep in names_by_ep)
     return "cpu"
@@ -120,7 +121,7 @@ def open_session(file: Path, device: Device, threads: int | None,
     threads: default, the physical cores; entries: settings of the session. Raises ValueError if the
     provider cannot open the graph, or takes none of its nodes.
     """
-    options = ort.SessionOptions()
+    options, written = ort.SessionOptions(), list[str]()
     cores, allowed = os.cpu_count() or 1, processors()
     default = allowed if allowed < cores else 0              # 0: all physical cores
     # 100,000 threads hang.
@@ -135,11 +136,14 @@ def open_session(file: Path, device: Device, threads: int | None,
     if device.name == "cuda":
         ort.preload_dlls()                   # those of pip's packages
     try:
-        with silenced() if device.ep != CPU else nullcontext():
+        with captured() if device.ep != CPU else nullcontext(written) as written:
             # Without enable_fallback=0, a failure would print, and the CPU run the graph.
             session = ort.InferenceSession(str(file), options, providers, enable_fallback=0)
     except Exception as e:                   # onnxruntime raises bare Exceptions
         reason = clean(str(e).strip().split("\n")[-1])       # the last line says it shortest
+        # What qnn raises names no operator, but the first error that it writes does.
+        if errors := [line for line in written if device.name == "qnn" and "[E:" in line]:
+            reason = clip(clean(errors[0].partition("] ")[2].partition("\x1b")[0]), 200)
         hint = "" if device.ep == CPU else ("; if it refuses operators, export with another "
                                             "--precision or --target (for qnn: npu)")
         raise ValueError(f"onnxruntime cannot open {file} on {device.name}: {reason}{hint}"
@@ -160,17 +164,21 @@ def nodes_by_provider(session: ort.InferenceSession) -> dict[str, str]:
 
 
 @contextmanager
-def silenced() -> Iterator[None]:
-    """Show nothing of what native code writes to standard output and error."""
-    with silencing, open(os.devnull, "wb") as nowhere:
+def captured() -> Iterator[list[str]]:
+    """Show nothing of what native code writes to standard output and error; at the end, the list
+    has its lines."""
+    lines = list[str]()
+    with capturing, tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         kept = {number: os.dup(number) for number in (1, 2)}
         for number in kept:
-            os.dup2(nowhere.fileno(), number)
+            os.dup2(file.fileno(), number)
         try:
-            yield
+            yield lines
         finally:
             for number, before in kept.items():
                 os.dup2(before, number)
                 os.close(before)
+            file.seek(0)
+            lines += file

@@ -181,19 +181,19 @@ def test_two_threads_that_are_silent_give_the_output_back(capfd) -> None:
     first = threading.Event()
 
     def other() -> None:
-        with providers.silenced():
+        with providers.captured():
             first.wait(10)                   # it ends last
             os.write(1, b"second")
 
     thread = threading.Thread(target=other)
-    with providers.silenced():
+    with providers.captured() as written:
         thread.start()
         thread.join(0.2)
         os.write(2, b"first")
     first.set()
     thread.join()
     os.write(1, b"third")
-    assert capfd.readouterr() == ("third", "")
+    assert capfd.readouterr() == ("third", "") and written == ["first"]
 
 
 def test_threads_are_those_that_a_control_group_grants(tmp_path, monkeypatch) -> None:
