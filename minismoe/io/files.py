@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED = ".minismoe.tmp"             # the end of a folder's name before the renaming
-# Temporary files that a killed process leaves in a run.
-LEFTOVERS = (".*.json.*.tmp", ".*.svg.*.tmp", "adapter/.*.tmp", ".checkpoint.*.tmp")
+# Temporary files that a killed process leaves in a run, safetensors' own (.tmpXXXXXX) among them.
+LEFTOVERS = (".*.json.*.tmp", ".*.svg.*.tmp", "adapter/.*.tmp", ".checkpoint.*.tmp",
+             ".tmp??????", "adapter/.tmp??????")
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def killed(run: Path, flags: Sequence[str], after: float, in_write: bool) -> boo
     """Kill a run `after` seconds, or in the first write from then on; False if it was faster."""
     pid, begun = start(run, flags), time.monotonic()
     while (code := ended(pid, os.WNOHANG)) is None:
-        if time.monotonic() - begun >= after and (not in_write or any(run.rglob(".*.tmp"))):
+        if time.monotonic() - begun >= after and (not in_write or any(run.rglob(".*tmp*"))):
             os.kill(pid, signal.SIGKILL)
             code = ended(pid)
             break
@@ -93,7 +93,7 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
     held = [{str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
             for folder in (run, undisturbed)]
     bad += [f"{name}, which one of them lacks" for name in sorted(held[0] ^ held[1])]
-    return bad + [f"{p} is left" for p in run.rglob("*.tmp")]
+    return bad + [f"{p} is left" for p in run.rglob(".*tmp*")]
 
 
 def finish_as(run: Path, undisturbed: Path, flags: Sequence[str]) -> None:

@@ -149,7 +149,7 @@ def test_a_closed_terminal_loses_nothing(inputs, tmp_path, signals) -> None:
     assert state_of(tmp_path / "run")["step"] == steps
 
 
-def test_a_second_process_on_a_run_is_refused(tmp_path) -> None:
+def test_a_second_process_is_refused_and_a_dead_one_leaves_nothing(tmp_path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", f"""
 import sys, time; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path; from minismoe.io.files import locked
@@ -161,8 +161,10 @@ with locked(Path({str(tmp_path)!r})): print("held", flush=True); time.sleep(60)"
         pass
     holder.kill()
     holder.wait()
+    for left in (".config.json.x.tmp", ".tmpZ0aZ9b"):     # the latter is as safetensors 0.8 writes
+        (tmp_path / left).touch()
     with locked(tmp_path):                        # the lock of a dead process holds nobody up
-        pass
+        assert [file.name for file in tmp_path.iterdir()] == [".lock"]
 
 
 def test_resuming_with_other_inputs_is_refused_and_says_which(inputs, run, tmp_path, capsys, fails,
