@@ -212,7 +212,7 @@ def test_scores_and_votes_equal_the_package(base: Path) -> None:
 
 def test_training_equals_the_package(base: Path, tmp_path: Path, monkeypatch) -> None:
     """Which smooths no target here, and has no loss on prompts, as the reference has none."""
-    monkeypatch.setattr("minismoe.training.plan.SMOOTHING", 0.0)
+    monkeypatch.setattr("minismoe.training.plan.MOST_SMOOTHING", 0.0)
     model, ours, tasks = both(base)
     start_alike(model, ours, some_experts(model))
     samples, cfg = [*chain(*tasks.values())], TrainConfig(epochs=2, lr=4e-3, prompt_loss=0)

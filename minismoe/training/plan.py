@@ -16,9 +16,9 @@ from ..io.text import table
 from ..method.loss import IGNORE
 
 PASSES, LEAST_PASSES, OPEN_PASSES = 120, 3, 2         # see `plan_tasks`
-SMOOTHING = 0.1                   # see `TaskPlan`
 ENOUGH = 50                       # validation lines of a task that can tell steps apart
 MOST_PROMPT, PROMPT_SHARE = 0.2, 3.0         # see `prompt_weight`
+MOST_SMOOTHING, SMOOTHED = 0.1, 0.5          # see `smoothing`
 CLOSED, OPEN = 0.3, 0.45          # see `openness`
 KNOWN = 16                        # tokens; see `openness`
 
@@ -64,7 +64,7 @@ class TaskPlan:
     passes: int              # over them
     steps: float             # of the run, as many as these lines fill
     prompt_weight: float     # of a token that a user wrote, in the loss: the mean over lines
-    smoothing: float         # the probability that the targets of answers leave to all tokens alike
+    smoothing: float         # what targets leave to all tokens alike: the mean over lines
     judged: str              # by right "answers", or by the "loss" of unseen lines
     valid: int               # validation lines, in a file or held out
 
@@ -106,14 +106,24 @@ def prompt_weight(example: Example, most: float) -> float:
     return min(most, PROMPT_SHARE * example.supervised / max(1, len(example.asked)))
 
 
+def smoothing(example: Example) -> float:
+    """The probability that the target of each token of an answer leaves to all tokens alike.
+
+    With few lines, a model is certain of short answers long before it is right (Szegedy et al.
+    2016, arXiv 1512.00567). Most of a long answer is copied or given by what stands before it, and
+    there the model may be certain: its tokens leave SMOOTHED together.
+    """
+    return min(MOST_SMOOTHING, SMOOTHED / max(1, example.supervised))
+
+
 def plan_tasks(examples: Sequence[Example], valid: Sequence[Example], cfg: TrainConfig,
                ) -> dict[str, TaskPlan]:
     """The plan of each task of the training lines `examples`; its validation lines are in `valid`.
 
     A task takes PASSES / sqrt(lines) passes over its lines, and LEAST_PASSES at least: 12 over 100
     lines, 6 over 400, 3 from 1,200 on. few.py in tests/benchmarks measured PASSES. Free text, whose
-    loss on unseen lines rises again after few passes, takes OPEN_PASSES, and is not smoothed
-    (Szegedy et al. 2016, arXiv 1512.00567). Between CLOSED and OPEN, both change gradually.
+    loss on unseen lines rises again after few passes, takes OPEN_PASSES. Between CLOSED and OPEN,
+    passes change gradually.
     """
     plans = {}
     for task, lines in by_task(examples).items():
@@ -124,7 +134,7 @@ def plan_tasks(examples: Sequence[Example], valid: Sequence[Example], cfg: Train
         plans[task] = TaskPlan(
             len(lines), passes, round(passes * len(lines) / cfg.batch_size, 1),
             round(fmean(prompt_weight(e, cfg.prompt_loss) for e in lines), 3),
-            round(SMOOTHING * closed, 3), "answers" if can_match(lines) else "loss",
+            round(fmean(map(smoothing, lines)), 3), "answers" if can_match(lines) else "loss",
             sum(e.task == task for e in valid))
     return plans
 
@@ -142,7 +152,7 @@ def planned_batches(examples: Sequence[Example], plans: Mapping[str, TaskPlan], 
     streams, parts = list[list[Example]](), max(plan.passes for plan in plans.values())
     for task, lines in by_task(examples).items():
         weighed = [replace(e, prompt_weight=prompt_weight(e, cfg.prompt_loss),
-                           smoothing=plans[task].smoothing) for e in lines]
+                           smoothing=smoothing(e)) for e in lines]
         streams.append([line for number in range(plans[task].passes) for line in random.Random(
             f"{cfg.seed} {number}").sample(weighed, len(weighed))])
     return [batch for part in range(parts) for batch in bucket(

@@ -55,10 +55,10 @@ def free_text(count: int, length: int = 30, task: str = "chat") -> list[Example]
 def test_passes_follow_the_number_of_lines(lines: int, passes: int) -> None:
     for examples in labels(lines), copies(lines):
         plan, = plan_tasks(examples, [], TrainConfig()).values()
-        assert (plan.lines, plan.passes, plan.smoothing) == (lines, passes, 0.1)
+        assert (plan.lines, plan.passes) == (lines, passes)
         assert plan.judged == "answers" and can_match(examples)
     plan, = plan_tasks(free_text(lines), [], TrainConfig()).values()
-    assert (plan.passes, plan.smoothing, plan.judged) == (2, 0.0, "loss")
+    assert (plan.passes, plan.judged) == (2, "loss")
 
 
 def test_a_task_has_the_plan_that_it_has_alone() -> None:
@@ -89,6 +89,15 @@ def test_the_loss_of_a_prompt_is_bounded_by_that_of_its_answer(answer: int, prom
     weight = prompt_weight(e, most)
     assert 0 <= weight <= most and weight * prompt <= 3 * e.supervised + 1e-9
     assert weight == most or weight * prompt == pytest.approx(3 * e.supervised)
+
+
+@pytest.mark.parametrize("tokens, share", [(2, 0.1), (5, 0.1), (10, 0.05), (50, 0.01)])
+def test_the_longer_an_answer_the_less_its_targets_are_smoothed(tokens: int, share: float) -> None:
+    lines = [line("t", words(9), words(tokens - 1), i) for i in range(20)]
+    plan, = plan_tasks(lines, [], TrainConfig()).values()
+    batches = planned_batches(lines, {"t": plan}, TrainConfig())
+    assert plan.smoothing == share
+    assert {round(e.smoothing, 6) for batch in batches for e in batch} == {share}
 
 
 def test_batches_draw_each_line_as_often_as_its_plan_says_and_mixed() -> None:
