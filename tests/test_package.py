@@ -30,7 +30,7 @@ ARROWS = {
     "cli": "export training runtime data model method io",
     "scripts": "cli export training runtime data model method io",
 }
-LINES = 13_560           # of the package and its scripts
+LINES = 13_556
 # What a room may import besides the standard library and ours, if that is restricted.
 LIBRARIES = {"method": {"torch"}, "reference": {
     "torch", "safetensors", "onnx", "onnxruntime", "tokenizers"}}

@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         "site whose pages may ask, as https://example.com; *: all (with a key, the key decides)")
     add("--quiet", action="store_true", help="with --serve: no line for each request")
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
-    add("--instructions", type=text, metavar="FILE|TASK", help="begin with a file's "
-        "text as the system prompt (with --raw, as text before the prompt), or with a task's own")
+    add("--instructions", type=text, metavar="FILE", help="begin with a file's text as the system "
+        "prompt or, with --raw, as text before the prompt")
     add("--tools", type=text, metavar="FILE", help="offer the functions of a JSON list of schemas; "
         "prints calls as JSON lines; in a chat, the lines after calls are what they returned")
     add("--schema", type=text, metavar="FILE", help="answer with JSON that this JSON schema "
@@ -143,9 +143,6 @@ def main(argv: Sequence[str]) -> None:
     at_terminal = sys.stdin.isatty() and args.prompt is args.choices is None and not (
         args.raw or args.lines)
     if args.chat or at_terminal:
-        if args.instructions and terminal.before:
-            raise ValueError("--instructions TASK is text before one prompt: give PROMPT; a chat "
-                             "takes --instructions FILE, as its system prompt")
         terminal.talk()
     elif args.lines:
         terminal.lines()

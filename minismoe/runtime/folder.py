@@ -126,26 +126,27 @@ def adapter_of(folder: Path, task: str | None) -> str | None:
     return task if task in adapters else None
 
 
-def task_or_file(folder: Path, name: str, key: str) -> tuple[Any, str]:
-    """What the folder says under `key` of the task `name`; or None, and the text of the file
-    `name`. Raises ValueError if `name` is neither, or for a file that is not UTF-8."""
-    known = {task: entry[key] for task, entry in known_tasks(folder).items() if entry[key]}
-    if name in known:                        # a task's name may be no file name
-        return known[name], ""
-    if not Path(name).is_file() and not Path(name).is_fifo():        # <(...) of a shell
-        raise ValueError(f"{name} is no file, and none of the tasks of which {folder} knows this: "
-                         f"{', '.join(known) or 'none'}")
+def file_text(name: str, otherwise: str = "") -> str:
+    """The text of a file or of a pipe, as <(...) of a shell is one. Raises ValueError if `name` is
+    neither, which the message ends with `otherwise`, and for text that is not UTF-8."""
+    if not Path(name).is_file() and not Path(name).is_fifo():
+        raise ValueError(f"{name} is no file{otherwise}")
     with naming(f"{name} is not UTF-8 text", ValueError):
-        return None, Path(name).read_text(encoding="utf-8-sig")
+        return Path(name).read_text(encoding="utf-8-sig")
 
 
 def read_choices(folder: Path, name: str) -> list[str]:
     """The answers that an exported folder knows of a task, or those of a file, one a line.
 
-    Raises ValueError as `task_or_file` does, and for an empty line.
+    Raises ValueError as `file_text` does, and for an empty line.
     """
-    choices, text = task_or_file(folder, name, "choices")
-    lines = choices or [line.strip() for line in text.removesuffix("\n").split("\n")]
+    known = {task: entry["choices"] for task, entry in known_tasks(folder).items()
+             if entry["choices"]}
+    if name in known:                        # a task's name may be no file name
+        return known[name]
+    text = file_text(name, f", and none of the tasks whose answers {folder} knows: "
+                         f"{', '.join(known) or 'none'}")
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
     if "" in lines:
         raise ValueError(f"{name}, line {lines.index('') + 1} is empty: write one answer a line")
     return lines
@@ -155,18 +156,3 @@ def trained_system(folder: Path) -> list[Message]:
     """The system prompt that training added to lines (train.py --system), as messages."""
     system = read_json(folder / "export.json").get("system")
     return [{"role": "system", "content": system}] if isinstance(system, str) else []
-
-
-def read_prefix(folder: Path, name: str, raw: bool) -> tuple[list[Message], str]:
-    """What --instructions puts before a prompt: system messages, and text that begins the prompt.
-
-    A file is a system message, or with `raw` such text; a task's instruction is such text, behind
-    the system prompt of the training. Raises ValueError as `task_or_file` does, and for an empty
-    file.
-    """
-    instruction, text = task_or_file(folder, name, "instruction")
-    if instruction:
-        return [] if raw else trained_system(folder), instruction
-    if not text.strip():
-        raise ValueError(f"{name} is empty: write the instructions into it")
-    return ([], text) if raw else ([{"role": "system", "content": text}], "")

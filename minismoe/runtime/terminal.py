@@ -19,11 +19,11 @@ from ..io.process import peak_resident
 from ..io.text import clean, error_line
 from .choices import Answer, answer_tokens, as_json
 from .folder import (
+    file_text,
     instructed,
     instruction_of,
     known_tasks,
     read_choices,
-    read_prefix,
     trained_system,
 )
 from .grammar import json_grammar
@@ -39,9 +39,13 @@ class Terminal:
     def __init__(self, generator: Generator, args: argparse.Namespace):
         self.generator, self.args = generator, args
         self.options = as_flags(from_flags(Sampling, vars(args)))        # of `Generator.generate`
-        self.system, self.before = (trained_system(generator.folder), self._instruction()) if (
-            args.instructions is None) else read_prefix(
-                generator.folder, args.instructions, args.raw)
+        self.system, self.before = trained_system(generator.folder), self._instruction()
+        if args.instructions:
+            text = file_text(args.instructions)
+            if not text.strip():
+                raise ValueError(f"{args.instructions} is empty: write the instructions into it")
+            self.system, self.before = ([], text) if args.raw else (
+                [{"role": "system", "content": text}], "")
         with naming(args.tools, ValueError):
             schemas = args.tools and Path(args.tools).read_text(encoding="utf-8-sig")
             self.tools = functions(schemas, "the file")
@@ -59,7 +63,7 @@ class Terminal:
     def _instruction(self) -> str:
         """That of --task, or of the task of --choices, which goes before a question."""
         args, folder = self.args, self.generator.folder
-        if args.raw or args.tools or args.chat:
+        if args.raw or args.tools or args.chat or args.instructions:
             return ""
         named = args.choices if args.choices in known_tasks(folder) else None
         return instruction_of(folder, args.task or named)

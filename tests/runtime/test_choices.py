@@ -157,9 +157,9 @@ def test_answers_come_from_a_file_or_the_folder(tmp_path) -> None:
     (tmp_path / "lines").write_bytes("\ufeffyes \r\nnö\n".encode())
     assert read_choices(tmp_path, "t") == ["a", "b c"]
     assert read_choices(tmp_path, str(tmp_path / "lines")) == ["yes", "nö"]
-    with pytest.raises(ValueError, match="open is no file, and none of the tasks .* this: t, u$"):
+    with pytest.raises(ValueError, match="open is no file, and none .* knows: t, u$"):
         read_choices(tmp_path, "open")
-    with pytest.raises(ValueError, match="v is no file, and none of the tasks .* this: none"):
+    with pytest.raises(ValueError, match="v is no file, and none .* knows: none"):
         read_choices(tmp_path / "other", "v")
 
 

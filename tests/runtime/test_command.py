@@ -19,7 +19,6 @@ from tiny import ROOT, python
 from minismoe.io.text import clean
 from minismoe.runtime import Generator
 from minismoe.runtime import __main__ as program
-from minismoe.runtime.folder import read_prefix
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="it needs POSIX")
 
@@ -383,31 +382,9 @@ def test_a_prefix_from_a_file_is_a_system_prompt_or_raw_text(generator, folders,
     assert [file.name for file in tmp_path.iterdir()] == ["rules"]
 
 
-def test_a_prefix_from_a_task_is_its_instruction(model, tmp_path) -> None:
-    folder = export(model, tmp_path / "f")
-    (folder / "tasks.json").write_text(json.dumps({
-        name: {"choices": ["yes", "no"], "instruction": text} for name, text in (
-            ("../t", "Say yes or no.\n"), ("u", ""))}))
-    describe(folder)
-    generator = Generator(folder, threads=1)
-    prompt = generator.tokenizer.render([{"role": "user", "content": "Say yes or no.\nhm"}], True)
-    expected = generator.choose(prompt, ["yes", "no"])[0].text + "\n"
-    done = command(folder, "hm", "--instructions", "../t", "--choices", "../t")
-    assert (done.stdout, done.stderr) == (expected, "")
-    assert read_prefix(folder, "../t", raw=False) == ([], "Say yes or no.\n")
-    describe(folder, system="Be brief.")                 # lines had both in training
-    system = [{"role": "system", "content": "Be brief."}]
-    assert read_prefix(folder, "../t", raw=False) == (system, "Say yes or no.\n")
-    assert read_prefix(folder, "../t", raw=True) == ([], "Say yes or no.\n")
-    chat = command(folder, "--chat", "--instructions", "../t", input="x\n")
-    assert chat.returncode == 1 and "is text before one prompt: give PROMPT" in chat.stderr
-    lacking = command(folder, "x", "--instructions", "u")
-    assert lacking.returncode == 1 and "u is no file, and none of the tasks" in lacking.stderr
-
-
 @pytest.mark.parametrize("content, message", [
     (b" \n", "is empty: write the"), (b"\xff", "is not UTF-8"),
-    (None, "is no file, and none of the tasks"),
+    (None, "is no file"),
     (b"x" * 100, "leaves no room in the context of 96")])
 def test_a_prefix_that_is_wrong_is_one_line(folders, tmp_path, content, message) -> None:
     if content is not None:
