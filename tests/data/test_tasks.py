@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import CHATML
 
 from minismoe.data.lines import to_messages
 from minismoe.data.tasks import (
@@ -31,8 +32,6 @@ from minismoe.data.tasks import (
 from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Message, Tokenizer
 from minismoe.method.loss import IGNORE
 
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 # Keeps the reasoning of the last turn only, as reasoning models' templates do.
 FORGETS = ("{% for m in messages %}{% if loop.last %}{{ m.role + ':' + m.content }}"
            "{% else %}{{ m.role + ':' + m.content.split('!')[-1] }}{% endif %}<|end|>{% endfor %}"
@@ -62,12 +61,15 @@ def prompts(conversations: list[list[Message]]) -> list[str]:
     return [c[0]["content"] for c in conversations]
 
 
+def write(file: Path, content: str | bytes) -> None:
+    file.parent.mkdir(exist_ok=True, parents=True)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
 def put(root: Path, **files: str | bytes) -> Path:
     """Files by name, with __ for a folder: trec__train is trec/train.jsonl."""
     for name, content in files.items():
-        file = root / (name.replace("__", "/") + ".jsonl")
-        file.parent.mkdir(exist_ok=True, parents=True)
-        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        write(root / (name.replace("__", "/") + ".jsonl"), content)
     return root
 
 
@@ -94,25 +96,16 @@ def chatml(bpe: Path) -> Tokenizer:
     {"instruction": "the", "input": "cat?", "output": "yes"},
     {"text": "the cat?", "label": 7}])
 def test_each_form_of_a_line_becomes_messages(line: dict[str, Any]) -> None:
-    wanted = PAIR_MESSAGES
-    if line.get("input"):
-        wanted = [say("user", "the\ncat?"), say("assistant", "yes")]
-    if "label" in line:
-        wanted = [PAIR_MESSAGES[0], say("assistant", "7")]
-    assert to_messages(line) == wanted
+    asked, answer = "the\ncat?" if line.get("input") else "the cat?", str(line.get("label", "yes"))
+    assert to_messages(line) == [say("user", asked), say("assistant", answer)]
 
 
-@pytest.mark.parametrize("form", ["messages", "prompt", "instruction"])
-def test_unicode_line_ends_and_crlf_survive(tmp_path: Path, form: str) -> None:
+def test_unicode_line_ends_and_crlf_survive(tmp_path: Path) -> None:
     """Only "\\n" ends a line; U+0085 and U+2028 may stand inside JSON strings unescaped."""
     odd = "a\u0085b\u2028c\u2029d\x1ce\x0bf 日本"
-    line = {"messages": {"messages": [say("user", odd), say("assistant", odd)]},
-            "prompt": {"prompt": odd, "completion": odd},
-            "instruction": {"instruction": odd, "output": odd}}[form]
-    text = json.dumps(line, ensure_ascii=False)
+    text = lines({"prompt": odd, "completion": odd}).replace("\n", "\r\n")
     assert "\u2028" in text and "\u0085" in text
-    root = put(tmp_path, t__train=text + "\r\n\r\n" + text + "\r\n", t__valid="", t__test="")
-    task = load_tasks(root)[0]
+    task, = load_tasks(put(tmp_path, t__train=text + "\r\n" + text, t__valid="", t__test=""))
     wanted = [say("user", odd), say("assistant", odd)]
     assert (task.train, task.valid, task.test) == ([wanted, wanted], [], [])
 
@@ -151,34 +144,28 @@ def test_unicode_line_ends_and_crlf_survive(tmp_path: Path, form: str) -> None:
 ], ids=lambda x: str(x)[:40])
 def test_a_bad_line_is_refused_with_its_place_and_reason(
         tmp_path: Path, line: str | bytes, reason: str) -> None:
-    line = line if isinstance(line, bytes) else line.encode()
-    put(tmp_path, t__train=lines(PAIR).encode() + b"\n" + line + b"\n" + lines(PAIR).encode())
-    with pytest.raises(ValueError) as e:
+    good, line = lines(PAIR).encode(), line if isinstance(line, bytes) else line.encode()
+    put(tmp_path, t__train=good + b"\n" + line + b"\n" + good)           # an empty line counts too
+    place = f"1 bad line: {tmp_path}/t/train.jsonl:3: "
+    with pytest.raises(ValueError, match=f"^{re.escape(place)}.*{re.escape(reason)}"):
         load_tasks(tmp_path)
-    assert str(e.value).startswith(                                      # an empty line counts too
-        f"1 bad line: {tmp_path}/t/train.jsonl:3: ")
-    assert reason in str(e.value)
 
 
 def test_bad_lines_are_listed_by_file_and_reason(tmp_path: Path) -> None:
+    """The first ten reasons."""
     good, bad = lines(PAIR), "{}\n"
     put(tmp_path, a__train=good + bad * 5 + "[1]\n", a__test=bad * 3, b=bad + good, c=good * 2,
-        d__train="\n\n")
+        d__train="\n\n", e=lines(*({f"key{i}": 1} for i in range(8))))
     with pytest.raises(ValueError) as e:
         load_tasks(tmp_path)
-    nothing = ("needs messages, or prompt and completion, or instruction and output, or question "
-               "and answer, or text and label, or conversations; it has nothing")
+    needs = ("needs messages, or prompt and completion, or instruction and output, or question "
+             "and answer, or text and label, or conversations; it has ")
     assert str(e.value).replace(f"{tmp_path}/", "") == (
-        f"11 bad lines: a/train.jsonl:2, 3, 4 and 2 more: {nothing}; "
+        f"19 bad lines: a/train.jsonl:2, 3, 4 and 2 more: {needs}nothing; "
         "a/train.jsonl:7: not a JSON object but list; "
-        f"a/test.jsonl:1, 2, 3: {nothing}; b.jsonl:1: {nothing}; "
-        "d/train.jsonl: it holds no example")
-
-
-def test_a_list_of_bad_lines_ends(tmp_path: Path) -> None:
-    put(tmp_path, a=lines(*({f"key{i}": 1} for i in range(13))))
-    with pytest.raises(ValueError, match="it has key9; and 3 more reasons$"):
-        load_tasks(tmp_path)
+        f"a/test.jsonl:1, 2, 3: {needs}nothing; b.jsonl:1: {needs}nothing; "
+        "d/train.jsonl: it holds no example"
+        + "".join(f"; e.jsonl:{i + 1}: {needs}key{i}" for i in range(5)) + "; and 3 more reasons")
 
 
 # Tasks
@@ -202,20 +189,21 @@ def test_folders_and_files_are_tasks(tmp_path: Path) -> None:
 
 
 def test_each_kind_of_file_holds_the_same_lines(tmp_path: Path) -> None:
-    """And what may hold lines is never passed over in silence."""
+    """What may hold lines is never passed over in silence, but what macOS and Emacs leave is."""
     values, text = numbered(9), lines(*numbered(9))
     for name, content in {
-            "a.jsonl": text.encode(), "b.json": json.dumps(values, indent=1).encode(),
-            "c.csv": b"id,text\n1,hello\n", "d.JSONL": text.encode("utf-16"),
-            "e.json": text.encode(), "f.jsonl": json.dumps(values).encode(),
+            "a.jsonl": b"\xef\xbb\xbf" + text.encode(), "b.json": json.dumps(values, indent=1),
+            "c.csv": "id,text\n1,hello\n", "d.JSONL": text.encode("utf-16"),
+            "e.json": text, "f.jsonl": json.dumps(values),
             "g.jsonl": text.encode("utf-16-be"), "h.jsonl": text.encode("utf-16-le"),
-            "settings.json": b'{\n "a": [1]}'}.items():
-        (tmp_path / name).write_bytes(content)
+            "settings.json": '{\n "a": [1]}', "._a.jsonl": b"\0\5\x16\7"}.items():
+        write(tmp_path / name, content)
+    (tmp_path / ".#a.jsonl").symlink_to("someone@host.1:2")
     tasks = load_tasks(tmp_path)
     assert [task.name for task in tasks] == [*"abdefgh"]
     for task in tasks:
         assert all(isinstance(vars(line)["key"], bytes) for line in task.train)  # computed once
-        assert sorted(prompts(task.train + task.valid + task.test)) == [f"q{i}" for i in range(9)]
+        assert sorted(prompts(task.train + task.test)) == [f"q{i}" for i in range(9)]
     convert, settings = [note for note in tasks[0].notes if "not read" in note]
     assert settings == "settings.json not read: it holds no task lines"
     assert convert == ("c.csv not read: its columns are id, text: name the prompt's and the "
@@ -239,6 +227,7 @@ TWO = '{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "b"}\n'
     ({"a.csv": "text,label\n"}, "/a.csv: it holds no example"),
     ({"a.csv": ""}, "/a.csv: it holds no example"),
     ({"a.csv": "Q,A,Day\na,b,c\n"}, "a.csv not read: its columns are Q, A, Day: name the prompt's"),
+    ({"a.tsv": 'text\tlabel\n"two\nlines"\td\n"No", he said\tb\n'}, "line 2 has 1 fields"),
     # Files as a whole
     ({"a.jsonl": "[{}"}, "1 bad line: /a.jsonl: it cannot be read: "),
     ({"a.jsonl": b"\xff\xfea"}, "/a.jsonl: it cannot be read: "),
@@ -250,15 +239,14 @@ TWO = '{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "b"}\n'
     ({"b/training.jsonl": TWO}, "b holds .jsonl files, and no train.jsonl: give the file"),
     ({"training.jsonl": TWO, "valid.jsonl": TWO}, "valid.jsonl, and no train.jsonl beside it"),
     ({"train.jsonl": TWO, "validation.jsonl": TWO}, "others: validation. Rename it to valid.jsonl"),
-    ({"train.json": TWO, "x.jsonl": TWO}, "as it holds train.json, and holds others: x. Move"),
+    ({"train.json": TWO, "x.jsonl": TWO}, "task itself, as it holds .*: x. Move the"),
     ({"b.json": TWO, "b.jsonl": TWO}, "holds b twice: b.json and b.jsonl"),
     ({"b.json": TWO, "b/train.jsonl": TWO}, "holds b twice, as a folder and as a file"),
 ], ids=lambda x: x[:30] if isinstance(x, str) else "")
 def test_a_folder_is_refused_with_its_place(tmp_path: Path, files: dict[str, str | bytes],
                                             reason: str) -> None:
     for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        write(tmp_path / name, content)
     with pytest.raises((ValueError, FileNotFoundError)) as refused:
         load_tasks(tmp_path)
     assert re.search(reason, str(refused.value).replace(str(tmp_path), "")), refused.value
@@ -309,17 +297,14 @@ def test_a_table_holds_the_same_lines(tmp_path: Path, name: str, between: str, e
     assert ("keys that are ignored: id (3)" in task.notes) == (not named)
 
 
-def test_loose_quotes_in_a_table_with_tabs_are_text(tmp_path: Path) -> None:
-    loose, closed = '"No", he said\tb\n', '"a ""b"\tc\n"two\nlines"\td\n'
-    for text, wanted in ((loose, ['"No", he said']), (closed, ['a "b', "two\nlines"]),
-                         (closed + loose, None)):
-        (tmp_path / "a.tsv").write_text("text\tlabel\n" + text)
-        if wanted is None:
-            with pytest.raises(ValueError, match="line 3 has 1 fields"):
-                load_tasks(tmp_path)
-            continue
-        task, = load_tasks(tmp_path)
-        assert sorted(prompts(task.train + task.test)) == wanted
+@pytest.mark.parametrize("text, wanted", [
+    ('"No", he said\tb\n', ['"No", he said']),
+    ('"a ""b"\tc\n"two\nlines"\td\n', ['a "b', "two\nlines"])])
+def test_loose_quotes_in_a_table_with_tabs_are_text(tmp_path: Path, text: str, wanted: list[str],
+                                                    ) -> None:
+    (tmp_path / "a.tsv").write_text("text\tlabel\n" + text)
+    task, = load_tasks(tmp_path)
+    assert sorted(prompts(task.train + task.test)) == wanted
 
 
 def test_columns_beside_lines_and_pipes_are_told(tmp_path: Path) -> None:
@@ -354,9 +339,6 @@ def test_a_folder_of_three_files_or_a_file_is_one_task(tmp_path: Path) -> None:
     assert load_tasks(root, ["mine"]) == load_tasks(tmp_path) == [task]
     single, = load_tasks(root / "test.jsonl")
     assert (single.name, len(single.train + single.test + single.valid)) == ("test", 4)
-    put(root, more=lines(PAIR))
-    with pytest.raises(ValueError, match="is a task itself, .* holds others: more. Move"):
-        load_tasks(root)
 
 
 def test_the_samples_of_the_clone_are_two_tasks() -> None:
@@ -385,19 +367,18 @@ def test_no_line_is_in_two_splits(tmp_path: Path) -> None:
 
 def test_copies_of_a_line_are_held_out_together(tmp_path: Path) -> None:
     task, = load_tasks(put(tmp_path, a=lines(*numbered(20), *numbered(20))))
-    splits = [set(prompts(split)) for split in (task.train, task.valid, task.test)]
-    assert sum(map(len, splits)) == len(set.union(*splits)) == 20
+    train, test = {*prompts(task.train)}, {*prompts(task.test)}
+    assert not train & test and len(train | test) == 20
 
 
 def test_lines_that_another_task_trains_on_and_white_space_are_noticed(tmp_path: Path) -> None:
-    put(tmp_path, a__train=lines(*numbered(3)), a__test=lines(PAIR, *numbered(2, "t")),
-        b__train=lines(PAIR | {"completion": "yes \n"}, *numbered(9, "t"), PAIR), b__test="")
+    put(tmp_path, a__train=lines(*numbered(3), {"prompt": " the cat?", "completion": "yes"}),
+        a__test=lines(PAIR, *numbered(2, "t")), b__test="",
+        b__train=lines(PAIR | {"completion": "yes \n"}, *numbered(9, "t"), PAIR))
     a, b = load_tasks(tmp_path)
+    assert prompts(a.train) == ["q0", "q1", "q2"]
     assert a.notes[-1] == "3 test lines are training lines of b"
     assert b.notes[-1] == "1 training lines are copies of others"
-    put(tmp_path / "c", c__train=lines(PAIR, *numbered(3)), c__test=lines(
-        {"prompt": " the cat?", "completion": "yes"}))
-    assert prompts(load_tasks(tmp_path / "c")[0].train) == ["q0", "q1", "q2"]
 
 
 def test_what_lines_hold_is_said(tmp_path: Path) -> None:
@@ -414,11 +395,15 @@ def test_what_lines_hold_is_said(tmp_path: Path) -> None:
 
 def test_held_out_lines_depend_on_seed_and_task_alone(tmp_path: Path) -> None:
     put(tmp_path, a=lines(*numbered(40)), b=lines(*numbered(40)))
-    first, again, other = (load_tasks(tmp_path, seed=s) for s in (1, 1, 2))
-    for seed, tasks in (1, first), (1, again), (2, other):
-        for task in tasks:                               # as it is done for long answers
-            hold_out_validation(task, seed)
-    assert first == again
+
+    def loaded(seed: int, *names: str) -> list[Task]:
+        tasks = load_tasks(tmp_path, names, seed)
+        for task in tasks:
+            hold_out_validation(task, seed)              # as it is done for long answers
+        return tasks
+
+    first, other = loaded(1), loaded(2)
+    assert first == loaded(1)
     for task in (*first, *other):
         train, test = prompts(task.train), prompts(task.test)
         assert sorted(train + prompts(task.valid) + test) == sorted(f"q{i}" for i in range(40))
@@ -426,10 +411,8 @@ def test_held_out_lines_depend_on_seed_and_task_alone(tmp_path: Path) -> None:
         assert test != ["q0", "q1", "q2", "q3"] and train == sorted(train, key=lambda q: int(q[1:]))
     splits = {tuple(sorted(prompts(t.test))) for t in (*first, *other)}
     assert len(splits) == 4, "seeds and tasks share a split"
-    # A task's split does not depend on which others are loaded beside it.
-    (b,), wanted = load_tasks(tmp_path, ["b"], seed=1), first[1]
-    hold_out_validation(b, 1)
-    assert (b.train, b.valid, b.test) == (wanted.train, wanted.valid, wanted.test)
+    alone, beside = loaded(1, "b")[0], first[1]          # whichever others are loaded
+    assert (alone.train, alone.valid, alone.test) == (beside.train, beside.valid, beside.test)
 
 
 @pytest.mark.parametrize(("count", "test", "valid"), [
@@ -447,28 +430,19 @@ def test_a_small_task_keeps_something_to_train_on(tmp_path: Path, count: int, te
 def test_supervised_are_the_assistants_turns(chatml: Tokenizer) -> None:
     """Against tokens counted by hand: each piece of the conversation is encoded by itself, and what
     a user writes is text, also if it looks like a special token."""
-    ids: list[int] = []
-    labels: list[int] = []
-    asked: list[int] = []
+    ids, labels, asked = list[int](), list[int](), list[int]()
     for message in MULTI:
         role, said = message["role"], chatml.encode(message["content"], special=False)[0]
-        for piece, supervised in ((chatml.encode(f"<|im_start|>{role}\n")[0], False),
-                                  (said, role == "assistant"),
-                                  (chatml.encode("<|im_end|>")[0], role == "assistant"),
-                                  (chatml.encode("\n")[0], False)):
-            asked += range(len(ids), len(ids) + len(piece)) if (
-                piece is said and role == "user") else ()
-            ids += piece
-            labels += piece if supervised else [IGNORE] * len(piece)
-    example = encode("t", MULTI, chatml)
-    assert (example.task, example.ids, example.labels) == ("t", ids, labels)
-    assert example.asked == asked
+        start, end, line = (chatml.encode(text)[0] for text in (
+            f"<|im_start|>{role}\n", "<|im_end|>", "\n"))
+        begun = len(ids) + len(start)
+        asked += range(begun, begun + len(said)) if role == "user" else ()
+        ids += start + said + end + line
+        taught = said + end if role == "assistant" else [IGNORE] * len(said + end)
+        labels += [IGNORE] * len(start) + taught + [IGNORE] * len(line)
+    assert encode("t", MULTI, chatml) == Example("t", ids, labels, asked=asked)
     unlearned = [m | {"weight": 0} if m["role"] == "user" else m for m in MULTI]
-    assert (encode("t", unlearned, chatml).ids, encode("t", unlearned, chatml).asked) == (ids, [])
-    end = chatml.backend.special["<|im_end|>"]
-    assert example.labels.count(end) == 3
-    taught = [t for t in example.labels if t != IGNORE]
-    assert chatml.decode(taught) == "".join(m["content"] for m in MULTI if m["role"] == "assistant")
+    assert encode("t", unlearned, chatml) == Example("t", ids, labels)
 
 
 @pytest.mark.parametrize("backend", ["bytes", "bpe"])
@@ -479,15 +453,11 @@ def test_training_sees_the_tokens_of_inference(bpe: Path, backend: str) -> None:
     """
     tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>") if backend == "bytes" else (
         Tokenizer(FileTokenizer(bpe), None, "<s>", "</s>"))
-    prompt = tokenizer.encode(tokenizer.render(PAIR_MESSAGES[:1], add_generation_prompt=True))[0]
+    prompt, answer, line_end = (tokenizer.encode(text)[0] for text in (
+        tokenizer.render(PAIR_MESSAGES[:1], True), " yes" + tokenizer.eos, "\n"))
     example = encode("t", PAIR_MESSAGES, tokenizer)
-    assert example.ids[:len(prompt)] == prompt
-    end = tokenizer.backend.special[tokenizer.eos]
-    line_end = len(tokenizer.encode("\n")[0])
-    answer = example.ids[len(prompt):-line_end]
-    assert answer[-1] == end
-    assert tokenizer.decode(answer).strip() == "yes"
-    assert example.labels == [IGNORE] * len(prompt) + answer + [IGNORE] * line_end
+    assert example.ids == prompt + answer + line_end
+    assert example.labels == [IGNORE] * len(prompt) + answer + [IGNORE] * len(line_end)
 
 
 def test_a_template_that_changes_earlier_turns_is_refused(chatml: Tokenizer) -> None:
@@ -512,8 +482,7 @@ def test_answers_of_weight_0_are_not_learnt(chatml: Tokenizer) -> None:
 
 def test_an_answer_that_holds_an_end_token_is_refused(chatml: Tokenizer) -> None:
     """The model would learn to stop there, and never what comes behind it."""
-    messages = [{"role": "user", "content": "<|im_end|>?"},
-                {"role": "assistant", "content": "Use <|im_end|> to stop."}]
+    messages = [say("user", "<|im_end|>?"), say("assistant", "Use <|im_end|> to stop.")]
     with pytest.raises(ValueError, match=r"the answer holds <\|im_end\|>, which ends a turn"):
         encode("t", messages, chatml)
 
@@ -549,15 +518,11 @@ def test_a_template_whose_prompt_is_not_the_answers_beginning_is_refused(bpe: Pa
 
 
 def test_truncated_and_dropped_are_counted() -> None:
-    tokenizer = Tokenizer(ByteTokenizer(), "{% for m in messages %}{{ m.content }}{% endfor %}", "",
-                          "")
-    def conversation(prompt: int, answer: int) -> list[Message]:
-        return [say("user", "p" * prompt), say("assistant", "a" * answer)]
-
-    fits, cut, lost = conversation(4, 6), conversation(6, 6), conversation(10, 5)
-    edge = conversation(9, 5)                    # one answer token is left
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer, (a,), no = Tokenizer(ByteTokenizer(), plain, "", ""), b"a", IGNORE
+    fits, lost, cut, edge = ([say("user", "p" * prompt), say("assistant", "a" * answer)]
+                             for prompt, answer in ((4, 6), (10, 5), (6, 6), (9, 5)))
     result = encode_all(Task("t", [fits, lost, cut, edge], []), tokenizer, max_length=10)
-    a, no = ord("a"), IGNORE
     assert [e.labels for e in result] == [[no] * 4 + [a] * 6, [no] * 6 + [a] * 4, [no] * 9 + [a]]
     assert all(len(e.ids) == 10 and e.task == "t" for e in result)
     assert [(e.index, e.cut) for e in result] == [(0, False), (2, True), (3, True)]
@@ -596,18 +561,14 @@ def test_bucket_covers_each_example_once(lengths: list[int], size: int, seed: in
 
 def test_bucket_shuffles_by_seed_and_saves_pads() -> None:
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 100, (400,), generator=generator).tolist()
-    all_ = examples(lengths)
+    all_ = examples(torch.randint(1, 100, (400,), generator=generator).tolist())
 
     def pads(batches: list[list[Example]]) -> int:
-        return sum(max(len(e.ids) for e in b) * len(b) - sum(len(e.ids) for e in b)
-                   for b in batches)
+        return sum(max(len(e.ids) for e in b) - len(e.ids) for b in batches for e in b)
 
     random_order = pads([all_[i:i + 8] for i in range(0, 400, 8)])
     first, second = bucket(all_, 8, seed=0), bucket(all_, 8, seed=1)
-    assert first != second
-    for batches in (first, second):
-        assert pads(batches) < random_order / 4
+    assert max(pads(first), pads(second)) < random_order / 4
     longest = [max(len(e.ids) for e in b) for b in bucket(all_[:100], 8, seed=0)]    # one window
     assert longest != sorted(longest), "training would run from short to long"
     # Batches stay mixed: the same examples do not meet in both epochs.
@@ -621,29 +582,6 @@ def test_probe_batches_hold_the_examples_asked_for() -> None:
     assert [tuple(ids.shape) for ids, _, _ in batches] == [(3, 3), (1, 4)]
     assert [mask.sum(1).tolist() for _, mask, _ in batches] == [[1, 2, 3], [4]]
     assert [ids[:, 0].tolist() for ids, _, _ in batches] == [[1, 3, 4], [2]]
-
-
-def test_a_byte_order_mark_and_what_a_mac_leaves_are_no_lines(tmp_path) -> None:
-    line = b'{"prompt": "p", "completion": "c"}\n'
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + line + line.replace(b'"p"', b'"q"'))
-    (tmp_path / "._a.jsonl").write_bytes(b"\0\5\x16\7")
-    (tmp_path / ".#a.jsonl").symlink_to("someone@host.1:2")
-    (task,) = load_tasks(tmp_path)
-    assert task.name == "a" and len(task.train) + len(task.test) == 2
-
-
-def test_what_a_template_refuses_is_named(tmp_path, monkeypatch) -> None:
-    def encode(task, messages, tokenizer):
-        if messages[0]["content"] == "bad":
-            raise ValueError("the template refuses")
-        return Example(task, [1, 2], [IGNORE, 2])
-
-    monkeypatch.setattr("minismoe.data.tasks.encode", encode)
-    lines = [[{"role": "user", "content": text}] for text in ("good", "bad")]
-    with pytest.raises(ValueError, match="task t, training example 2, 'bad': the template refuses"):
-        encode_all(Task("t", lines, []), None, 10)
-    with pytest.raises(ValueError, match="task t, validation example 2, 'bad': the templ"):
-        encode_all(Task("t", [], [], lines), None, 10, "valid")
 
 
 @pytest.mark.parametrize("answers, expected", [
