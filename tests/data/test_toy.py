@@ -21,16 +21,20 @@ def prompts(part):
     return {m[0]["content"] for m in part}
 
 
+def parts(lesson):
+    """The text and the answer of a pretraining lesson, whose answer is supervised to its end."""
+    start = next(i for i, label in enumerate(lesson.labels) if label >= 0)
+    assert lesson.ids[0] == make_toy.BOS and lesson.labels[start:] == lesson.ids[start:]
+    assert lesson.ids[-1] == make_toy.END
+    return bytes(lesson.ids[1:start]).decode(), bytes(lesson.ids[start:-1]).decode()[1:]
+
+
 def learnt(count=4000):
     """(text, answer) of `count` pretraining lessons, by skill."""
     rng, found = random.Random(5), {}
     for _ in range(count):
         lesson = make_toy.lesson(rng)
-        start = next(i for i, label in enumerate(lesson.labels) if label >= 0)
-        assert lesson.ids[0] == make_toy.BOS and lesson.labels[start:] == lesson.ids[start:]
-        assert lesson.ids[-1] == make_toy.END
-        found.setdefault(lesson.task, []).append(
-            (bytes(lesson.ids[1:start]).decode(), bytes(lesson.ids[start:-1]).decode()[1:]))
+        found.setdefault(lesson.task, []).append(parts(lesson))
     return found
 
 
@@ -82,6 +86,13 @@ def test_tasks_have_the_right_form_and_no_test_case_is_trained_on(seed):
     assert (len(validated), len(tested)) == (4, 8)
 
 
+def test_lessons_are_right_and_never_worded_as_the_tasks_are():
+    for skill, cases in learnt(1000).items():
+        for text, given in cases:
+            assert not {*"?.,"} & {*text}
+            assert skill == "facts" or given == answer(skill, text), text
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_answers_are_right(seed):
     facts = {}
@@ -89,28 +100,16 @@ def test_answers_are_right(seed):
         assert facts.setdefault(asked_fact(text), value) == value
     for task in toy.tasks(seed):
         for prompt, given in lines(task):
-            expected = facts[asked_fact(prompt)] if task.name == "facts" else answer(
-                task.name, prompt)
-            assert given == expected, prompt
-
-
-def test_lessons_are_right_and_never_worded_as_the_tasks_are():
-    for skill, cases in learnt(1000).items():
-        for text, given in cases:
-            assert "?" not in text and "." not in text and "," not in text
-            if skill != "facts":
-                assert given == answer(skill, text), text
+            assert given == (facts[asked_fact(prompt)] if task.name == "facts" else
+                             answer(task.name, prompt)), prompt
 
 
 def test_lessons_are_in_the_form_of_fine_tuning():
-    tokenizer = load_tokenizer(toy.FOLDER)
-    rng = random.Random(1)
+    tokenizer, rng = load_tokenizer(toy.FOLDER), random.Random(1)
     for _ in range(50):
         lesson = make_toy.lesson(rng)
-        start = next(i for i, label in enumerate(lesson.labels) if label >= 0)
-        prompt = bytes(lesson.ids[1:start]).decode()
+        prompt, answer = parts(lesson)
         question = prompt.removeprefix("User: ").removesuffix("\nAssistant:")
-        answer = bytes(lesson.ids[start:-1]).decode().strip()
         whole = encode("", [{"role": "user", "content": question},
                             {"role": "assistant", "content": answer}], tokenizer)
         assert whole.ids == [*lesson.ids, ord("\n")]
