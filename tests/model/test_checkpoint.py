@@ -27,7 +27,7 @@ from minismoe.model.checkpoint import (
     stored_tensors,
 )
 from minismoe.model.config import Config
-from minismoe.model.decoder import CausalLM
+from minismoe.model.decoder import CausalLM, meta_model
 
 Checkpoint = Callable[[str], tuple[Any, Path]]
 IDS = torch.arange(24).view(2, 12)
@@ -241,19 +241,14 @@ print(json.dumps({"weights": weights, "peak": peak() - before}))
 
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 185 MB in bfloat16, written without a model."""
-    folder, D, M, V = tmp_path_factory.mktemp("large"), 1024, 4096, 8192
-    write_json(folder / "config.json", {
-        "model_type": "llama", "vocab_size": V, "hidden_size": D, "intermediate_size": M,
-        "num_hidden_layers": 5, "num_attention_heads": 8, "tie_word_embeddings": True})
-    shapes = {"model.embed_tokens": (V, D), "model.norm": (D,)}
-    for i in range(5):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in {
-            "input_layernorm": (D,), "post_attention_layernorm": (D,),
-            **{f"self_attn.{p}_proj": (D, D) for p in "qkvo"}, "mlp.gate_proj": (M, D),
-            "mlp.up_proj": (M, D), "mlp.down_proj": (D, M)}.items()}
-    save_file({f"{name}.weight": torch.ones(shape, dtype=torch.bfloat16)
-               for name, shape in shapes.items()}, folder / "model.safetensors")
+    """A checkpoint of 185 MB in bfloat16."""
+    folder, config = tmp_path_factory.mktemp("large"), {
+        "model_type": "llama", "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 4096,
+        "num_hidden_layers": 5, "num_attention_heads": 8, "tie_word_embeddings": True}
+    write_json(folder / "config.json", config)
+    save_file({name: torch.ones(p.shape, dtype=torch.bfloat16)
+               for name, p in meta_model(Config.from_dict(config)).named_parameters()},
+              folder / "model.safetensors")
     return folder
 
 
@@ -299,9 +294,6 @@ def test_a_saved_adapter_loads_unchanged(folder: Path, trained: CausalLM, adapte
     assert load_adapter(again, adapter) == ALLOCATION
     assert torch.equal(again(IDS), trained(IDS))
     assert relative(trained(IDS), base(IDS)) > 1e-2
-    assert {name: (tuple(layer.lora_A.shape), layer.top_k, layer.scaling)
-            for name, layer in expert_layers(again).items()} == {
-        Q: ((3, 4, 32), 2, 3.0), V: ((1, 4, 32), 1, 3.0), DOWN: ((2, 4, 48), 2, 3.0)}
 
 
 @torch.no_grad()
