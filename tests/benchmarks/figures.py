@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -41,6 +42,9 @@ def text(x: float, y: float, words: str, *, anchor: str = "start", size: int = 1
     weight = ' font-weight="600"' if bold else ""
     return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '
             f'fill="{color}"{weight}>{escape(words)}</text>')
+
+
+note = partial(text, size=12, color=GREY)
 
 
 def box(x: float, y: float, width: float, height: float, fill: str, edge: str = "none",
@@ -100,7 +104,7 @@ def method(probed: Mapping[str, Any]) -> str:
                           (count, "3  Experts", "votes, at least one"),
                           (merge, "4  Merge", "one matrix ships")):
         parts += [text(x, 30, name, size=15, bold=True), text(x, 50, says, color=GREY)]
-    parts += [text(left - 7, top + 12 + 16 * i, kind, anchor="end", size=12, color=GREY)
+    parts += [note(left - 7, top + 12 + 16 * i, kind, anchor="end")
               for i, kind in enumerate(KINDS)]
     for i, (task, values) in enumerate(scores.items()):
         ranked = sorted(values, key=values.__getitem__)
@@ -132,10 +136,9 @@ def method(probed: Mapping[str, Any]) -> str:
               box(merge + 40, top + 74, 42, 42, LIGHT_BLUE, BLUE),
               text(merge + 61, top + 100, "W′", anchor="middle")]
     bottom = top + 7 * 16 + 22
-    parts += [text(left, bottom, "darker: higher rank within the task", size=12, color=GREY),
-              text(vote, bottom, "blue: gets this task’s vote", size=12, color=GREY),
-              text(count, bottom, "columns: layers", size=12, color=GREY),
-              text(merge, bottom, "same shape as W", size=12, color=GREY)]
+    parts += [note(left, bottom, "darker: higher rank within the task"),
+              note(vote, bottom, "blue: gets this task’s vote"),
+              note(count, bottom, "columns: layers"), note(merge, bottom, "same shape as W")]
     y = bottom + 46
     parts += [text(left, y, "5  Ship", size=15, bold=True),
               text(left, y + 20, "few bits, few tokens", color=GREY)]
@@ -144,7 +147,7 @@ def method(probed: Mapping[str, Any]) -> str:
             (count, range(24), 6, "blue: rows of tokens that are needed")):
         parts += [box(x + 9 * n, y + 5 - (18 if n in high else 9), 8, 18 if n in high else 9,
                       BLUE if n < kept else "#e6eaef", corner=1) for n in range(24)]
-        parts.append(text(x, y + 24, words, size=12, color=GREY))
+        parts.append(note(x, y + 24, words))
     return card(y + 38, "Probe, vote, experts, merge, ship", parts)
 
 
@@ -158,31 +161,30 @@ def lines_needed(means: Mapping[tuple[str, str, int, str], Mapping[str, Any]]) -
         for share in (0.2, 0.4, 0.6, 0.8, 1.0):
             y = top + height * (high - share) / (high - low)
             parts += [line(f"M{left} {y:.1f}h{width}", LINE, 1),
-                      text(left - 7, y + 4, f"{100 * share:.0f}", anchor="end", size=12,
-                           color=GREY)]
+                      note(left - 7, y + 4, f"{100 * share:.0f}", anchor="end")]
 
-        def at(lines: int, share: float, left: float = left) -> str:
-            x = left + width * math.log(lines / 50) / math.log(20)
-            return f"{x:.1f} {top + height * (high - max(share, low)) / (high - low):.1f}"
+        def at(lines: int, share: float, left: float = left) -> tuple[float, float]:
+            return (left + width * math.log(lines / 50) / math.log(20),
+                    top + height * (high - max(share, low)) / (high - low))
 
-        parts += [text(float(at(lines, 1).split()[0]), top + height + 18, str(lines),
-                       anchor="middle", size=12, color=GREY) for lines in (50, 100, 200, 400, 1000)]
+        parts += [note(at(lines, 1)[0], top + height + 18, str(lines), anchor="middle")
+                  for lines in (50, 100, 200, 400, 1000)]
         for base, (color, wide) in CURVES.items():
             found = sorted((lines, mean) for (name, tasks, lines, flags), mean in means.items()
                            if (name, tasks, flags) == (base, task, ""))
-            if found:
-                path = "L".join(at(lines, mean["exact"][task]) for lines, mean in found)
+            curve = [at(lines, mean["exact"][task]) for lines, mean in found]
+            if curve:
+                path = "L".join(f"{x:.1f} {y:.1f}" for x, y in curve)
                 parts.append(line("M" + path, color, wide))
-                parts += [dot(*map(float, at(lines, mean["exact"][task]).split()), wide, color)
-                          for lines, mean in found]
-            parts += [dot(*map(float, at(lines, mean["shipped"][task]).split()), 3.5, "#fff", color)
+            parts += [dot(x, y, wide, color) for x, y in curve]
+            parts += [dot(*at(lines, mean["shipped"][task]), 3.5, "#fff", color)
                       for lines, mean in found if "shipped" in mean]
     y = top + height + 44
     for x, (base, (color, wide)) in zip((52.0, 195.0, 325.0, 622.0), CURVES.items()):
         parts += [line(f"M{x} {y - 4}h14", color, wide), text(x + 20, y, base + (
             "" if wide > 2 else " + logistic regression"), size=12)]
-    parts.append(text(52, y + 20, "exact match in % on test lines, over lines of training, mean of "
-                      "the draws; circles: the default export", size=12, color=GREY))
+    parts.append(note(52, y + 20, "exact match in % on test lines, over lines of training, mean of "
+                      "the draws; circles: the default export"))
     return card(y + 36, "Exact match by lines of training", parts)
 
 
@@ -190,8 +192,8 @@ def shipped(rows: Sequence[Mapping[str, Any]]) -> str:
     """Each export's exact match, and bars of its size and speed; blue: with fewer tokens."""
     parts, y, wide = Parts(), 52.0, 190
     left = {key: 330.0 + 280 * i for i, key in enumerate(SHOWN)}
-    parts += [text(260, 30, "exact match", anchor="end", size=12, color=GREY), *(
-        text(left[key], 30, says, size=12, color=GREY) for key, says in SHOWN.items())]
+    parts += [note(260, 30, "exact match", anchor="end"),
+              *(note(left[key], 30, says) for key, says in SHOWN.items())]
     for i, row in enumerate(rows):
         if i == 0 or row["base"] != rows[i - 1]["base"]:
             y += 14 * (i > 0)
