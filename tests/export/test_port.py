@@ -623,6 +623,28 @@ def test_bad_input_ends_in_one_line(small: Path, tmp_path: Path,
     assert "not of version 2" in ask(program, tmp_path, "a", code=1)
 
 
+OLD = r"""
+#include <onnxruntime_c_api.h>
+static const OrtApi *api(uint32_t number) { (void)number; return NULL; }
+static const char *version(void) { return VERSION; }
+const OrtApiBase *OrtGetApiBase(void) {
+    static const OrtApiBase base = {api, version};
+    return &base;
+}"""
+
+
+@pytest.mark.parametrize("version", ["1.21.0", "1.29.3"])
+def test_an_old_library_is_named_in_one_line(version: str, small: Path, tmp_path: Path,
+                                             build: Callable[..., Path]) -> None:
+    """Linked before the real one: a library that has a version and nothing else."""
+    (tmp_path / "old.c").write_text(OLD)
+    program = build(PORT / "answer.c", tmp_path / "old.c", f'-DVERSION="{version}"',
+                    f"-I{HEADERS.parent}")
+    for flags in ["a"], ["--check"]:
+        assert ask(program, small, *flags, code=1) == (
+            f"error: onnxruntime {version} is too old: link 1.30 or later\n")
+
+
 @pytest.mark.parametrize("flag", ["--bogus", "--choicesfoo", "--max-tokens=abc", "--max-tokens=0",
                                   "--threads=100000", "--task", ""])
 def test_wrong_usage_is_one_line(flag: str, build: Callable[..., Path]) -> None:
