@@ -34,10 +34,10 @@ def main() -> None:
               f"{listing}", file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
     sys.argv = [f"minismoe {name}", *flags]
-    if name == "chat":                   # which takes Ctrl-C as the end of an answer
+    end_quietly()
+    if name == "chat":
         import_module("minismoe.runtime.__main__").run()
         return
-    end_quietly()
     installed = find_spec("minismoe.scripts") is not None
     if not installed:                    # pip install -e: the scripts stay in the clone
         sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

@@ -27,7 +27,7 @@ def interrupt(number: int, frame: object = None) -> None:
 
 
 def end_quietly() -> None:
-    """Let Ctrl-C end the process in one line while its modules load, before `handling`."""
+    """Let Ctrl-C end the process in one line: loading modules may swallow a KeyboardInterrupt."""
     def end(number: int, frame: object) -> None:
         os.write(2, b"\ninterrupted\n")
         os._exit(128 + number)

@@ -5,19 +5,19 @@ onnxruntime itself loads.
     from minismoe.runtime import Generator
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .folder import FORMAT, read_info
-
 if TYPE_CHECKING:
+    from .folder import FORMAT, read_info
     from .generator import Generator
 
 __all__ = ["FORMAT", "Generator", "read_info"]
 
 
 def __getattr__(name: str) -> Any:
-    """Generator on first use: the command line reports a missing onnxruntime in one line."""
-    if name != "Generator":
+    """On first use: the command line reports Ctrl-C and a missing onnxruntime in one line."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .generator import Generator
-    return Generator
+    home = ".generator" if name == "Generator" else ".folder"
+    return getattr(import_module(home, __name__), name)

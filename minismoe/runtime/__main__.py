@@ -140,6 +140,7 @@ def main(argv: Sequence[str]) -> None:
         serve(api, ports, args.host, args.api_key, args.cors, args.quiet)
         return
     terminal = Terminal(_open(args), args)
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # from now on it ends an answer
     at_terminal = sys.stdin.isatty() and args.prompt is args.choices is None and not (
         args.raw or args.lines)
     if args.chat or at_terminal:
@@ -157,7 +158,6 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """Call main and exit: 0 done, 1 failed with one line on stderr, 130 after Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     open_streams()
     try:
         main(sys.argv[1:])

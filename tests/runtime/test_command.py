@@ -316,7 +316,7 @@ def test_ctrl_c_while_modules_load(folders) -> None:
         [sys.executable, "-c", "import os, runpy, signal, sys; sys.argv = ['x', 'y', 'z']\n"
          "class Stop:\n"
          "    def find_spec(self, name, *rest):\n"
-         "        if name == 'minismoe.runtime.api': os.kill(os.getpid(), signal.SIGINT)\n"
+         "        if name == 'minismoe.runtime.folder': os.kill(os.getpid(), signal.SIGINT)\n"
          "sys.meta_path.insert(0, Stop())\n"
          "runpy.run_module('minismoe.runtime', run_name='__main__')"],
         cwd=ROOT, stderr=subprocess.PIPE, text=True)
