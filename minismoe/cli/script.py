@@ -36,8 +36,7 @@ def main() -> None:
     sys.argv = [f"minismoe {name}", *flags]
     end_quietly()
     if name == "chat":
-        import_module("minismoe.runtime.__main__").run()
-        return
+        sys.exit(import_module("minismoe.runtime.__main__").run())
     installed = find_spec("minismoe.scripts") is not None
     if not installed:                    # pip install -e: the scripts stay in the clone
         sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

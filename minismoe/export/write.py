@@ -14,10 +14,9 @@ from ..io.files import last_part, must_be_new, replacing, sha256, sha256_of_part
 from ..method.experts import expert_layers
 from ..model.checkpoint import versions
 from ..model.decoder import CausalLM
-from ..runtime import FORMAT, Generator
-from ..runtime.drafts import DRAFTED
-from ..runtime.drafts import FILE as DRAFTS
-from ..runtime.folder import TASKS
+from ..runtime import Generator
+from ..runtime.drafts import DRAFTED, DRAFTS
+from ..runtime.folder import FORMAT, TASKS
 from . import layouts
 from .calibration import shuffled_samples
 from .check import check, tolerance

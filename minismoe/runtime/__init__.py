@@ -5,19 +5,18 @@ onnxruntime itself loads.
     from minismoe.runtime import Generator
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .folder import FORMAT, read_info
     from .generator import Generator
 
-__all__ = ["FORMAT", "Generator", "read_info"]
+__all__ = ["Generator"]
 
 
 def __getattr__(name: str) -> Any:
-    """On first use: the command line reports Ctrl-C and a missing onnxruntime in one line."""
-    if name not in __all__:
+    """Generator on first use: the command line says in one line that onnxruntime is missing, or
+    that Ctrl-C came while it loads."""
+    if name != "Generator":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = ".generator" if name == "Generator" else ".folder"
-    return getattr(import_module(home, __name__), name)
+    from .generator import Generator
+    return Generator

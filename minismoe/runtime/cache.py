@@ -128,14 +128,12 @@ class FixedCache(GraphCache):
     def __init__(self, session: ort.InferenceSession, info: Mapping[str, Any], *others: Any):
         super().__init__(session, info, *others, P=info["static"][2])
         self._mask = deque(ZERO * (self.P + self.T), self.P + self.T)    # 1 for a token
-        self._has_padding = False
 
     def cut(self, n: int) -> bool:
-        return super().cut(n) and not self._has_padding
+        return self.T == 1 and super().cut(n)            # else there is padding
 
     def step(self, tokens: Sequence[int]) -> ort.OrtValue:
         padding, first = ZERO * (self.T - len(tokens)), len(self.tokens)
-        self._has_padding |= bool(padding)
         self._mask.extend(padding + ONE * len(tokens))
         positions = range(first, first + len(tokens))
         logits = self._run([*padding, *tokens], self._mask, [*padding, *positions])

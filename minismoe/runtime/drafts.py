@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..io.files import read_json, replacing
 
-FILE, FORMAT = "drafts.json", "minismoe.drafts/1"
+DRAFTS, FORMAT = "drafts.json", "minismoe.drafts/1"
 DRAFTED = 2                      # tokens a step at most: a step of 4 tokens is dear
 LONGEST, WINDOW = 8, 1024        # tokens of a suffix that is searched, and among how many
 SUFFIX = 4                       # tokens of a suffix in the table, at most
@@ -49,14 +49,14 @@ def make_drafts(texts: Iterable[tuple[Sequence[int], Sequence[int]]], most: int 
 
 def write_drafts(folder: Path, table: Drafts) -> None:
     """Write the table into a folder, for `read_drafts`."""
-    with replacing(folder / FILE) as tmp:
+    with replacing(folder / DRAFTS) as tmp:
         entries = sorted([*suffix, token] for suffix, token in table.items())
         tmp.write_text(json.dumps({"format": FORMAT, "next": entries}) + "\n", encoding="utf-8")
 
 
 def read_drafts(folder: Path) -> Drafts:
     """The table of a folder, or {} if it has none; ValueError if the file is broken."""
-    file = folder / FILE
+    file = folder / DRAFTS
     if not file.is_file():
         return {}
     content = read_json(file)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 try:
-    import anyio
     import uvicorn
     from starlette.applications import Starlette
     from starlette.datastructures import Headers
@@ -51,11 +50,19 @@ for end, kind in (("js", "javascript"), ("mjs", "javascript")):
 
 
 class _Impatient(H11Protocol):
-    """A connection, which is closed if no request comes within PATIENCE seconds."""
+    """A connection, which is closed if no whole request comes within PATIENCE seconds."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.loop.call_later(PATIENCE, lambda: self.cycle or transport.close())
+        self.loop.call_later(PATIENCE, self._give_up, self.cycle)
+
+    def on_response_complete(self) -> None:
+        self.loop.call_later(PATIENCE, self._give_up, self.cycle)
+        super().on_response_complete()
+
+    def _give_up(self, last: Any) -> None:
+        if self.cycle is last:               # no request has come since that one
+            self.transport.close()
 
 
 async def _note_leaving(request: Request, job: Job) -> None:
@@ -69,8 +76,6 @@ async def _events(part: Any, job: Job) -> AsyncIterator[str]:
     while isinstance(part, dict):
         yield f"data: {json.dumps(part)}\n\n"
         part = await job.parts.get()
-    if isinstance(part, Gone):
-        part = RequestError("the answer was not read as it came", 408)
     end = "[DONE]" if part is None else bytes(_refusal(None, part).body).decode()
     yield f"data: {end}\n\n"
 
@@ -83,7 +88,7 @@ async def _body(request: Request) -> bytes:
         raise RequestError("the request's Content-Type is not application/json", 415)
     body, size = bytearray(), 0
     try:
-        with anyio.fail_after(PATIENCE):
+        async with asyncio.timeout(PATIENCE):
             async for part in request.stream():
                 size += len(part)            # all is read: a client sends it before it listens
                 body += part if size <= LARGEST else b""
@@ -96,9 +101,9 @@ async def _body(request: Request) -> bytes:
 
 def _refusal(request: Any, e: Exception) -> Response:
     """The answer that says why there is none; what no request is to blame for goes to the log."""
-    if isinstance(e, ClientDisconnect | Gone):
-        return Response(status_code=499)     # which the log alone sees
-    if isinstance(e, HTTPException):
+    if isinstance(e, ClientDisconnect | Gone):           # only a slow reader sees it
+        e = RequestError("the answer was not read as it came", 499)
+    elif isinstance(e, HTTPException):
         e = RequestError(f"there is no {request.method} {request.url.path}", e.status_code)
     elif not isinstance(e, RequestError):
         print_error(e, "--debug" in sys.argv, f" ({type(e).__name__})")

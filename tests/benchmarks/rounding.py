@@ -42,7 +42,8 @@ from minismoe.export.ship import Part, ship
 from minismoe.io.files import write_json
 from minismoe.io.text import table
 from minismoe.model.checkpoint import load_adapter, load_model
-from minismoe.runtime import FORMAT, Generator
+from minismoe.runtime import Generator
+from minismoe.runtime.folder import FORMAT
 from minismoe.training.evaluate import questions
 
 RECORD = Path(__file__).parent / "results" / "rounding.jsonl"

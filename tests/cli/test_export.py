@@ -45,9 +45,9 @@ from minismoe.method.freeze import Fit
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
 from minismoe.model.decoder import CausalLM
 from minismoe.model.quantize import BlockLinear
-from minismoe.runtime import Generator, read_info
+from minismoe.runtime import Generator
 from minismoe.runtime.cache import SharedCache
-from minismoe.runtime.folder import known_tasks
+from minismoe.runtime.folder import known_tasks, read_info
 from minismoe.training.evaluate import generate
 
 PROMPT = [256, *b"User: say 3\nAssistant:"]
