@@ -1,6 +1,7 @@
 """Small byte-pair encodings, made by the tokenizers library: of bytes, and of characters."""
 
 import json
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -11,14 +12,15 @@ CORPUS = ["the cat sat on the mat and the hats of the cats are flat", "a man ran
 WORDS = [word for line in CORPUS for word in line.split(" ")]
 
 
-def byte_level(ignore_merges: bool = False) -> Tokenizer:
-    """A BPE of bytes as GPT-2's."""
+def byte_level(ignore_merges: bool = False, corpus: Sequence[str] = CORPUS, size: int = 420,
+               special: Sequence[str] = ("<s>", "</s>", "<unused0>")) -> Tokenizer:
+    """A BPE of bytes as GPT-2's, trained on a corpus."""
     made = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-        special_tokens=["<s>", "</s>", "<unused0>"]))
+    made.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=[*special]))
     return made
 
 

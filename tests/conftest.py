@@ -81,20 +81,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
 
 @pytest.fixture(scope="session")
 def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tokenizer.json of a byte-level BPE in the manner of GPT-2, with the usual special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """tokenizer.json of a BPE of bytes, with the usual special tokens."""
+    from bpes import byte_level
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        ["the cat sat on the mat and the answer is yes or no, user and assistant say"] * 4,
-        trainers.BpeTrainer(vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                            show_progress=False, special_tokens=[
-            "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eot_id|>",
-            "<|start_header_id|>", "<|end_header_id|>", "[INST]", "[/INST]"]))
     file = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    tokenizer.save(str(file))
+    byte_level(size=330, corpus=[
+        "the cat sat on the mat and the answer is yes or no, user and assistant say"] * 4, special=[
+        "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eot_id|>",
+        "<|start_header_id|>", "<|end_header_id|>", "[INST]", "[/INST]"]).save(str(file))
     return file
 
 
