@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, LLAMA3, padded, tiny_config
 from torch import Tensor
 
-from minismoe.model.attention import attend, rope_frequencies
+from minismoe.model.attention import attend
 from minismoe.model.checkpoint import load_model
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
@@ -89,71 +89,22 @@ def test_pads_reach_nothing(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", CACHED)
 @torch.no_grad()
-def test_prefill_then_steps_of_unequal_rows_equal_one_pass(
-        checkpoint: Checkpoint, family: str, side: str) -> None:
-    """A prompt of unequal lengths, a chunk of three tokens, then single tokens."""
+def test_a_cache_equals_one_pass(checkpoint: Checkpoint, family: str, side: str) -> None:
+    """A prompt of unequal lengths, a chunk of three tokens, then single tokens. A row whose step is
+    masked stands still: the others go on exactly, and it can go on later."""
     hf, folder = checkpoint(family)
-    model, mask, more = load_model(folder), padded(LENGTHS, side)[1], random_ids(3, 8, seed=2)
-    ids = random_ids()
-    cache = Cache(model, 3, 17 + 8)
-    ours = [model(ids, mask, cache), model(more[:, :3], cache=cache)]
-    ours += [model(more[:, t:t + 1], cache=cache) for t in range(3, 8)]
-    for row in range(3):
-        prompt = ids[row][mask[row].bool()]
-        logits = torch.cat([ours[0][row][mask[row].bool()], *(o[row] for o in ours[1:])])
-        close(logits, expected(hf, torch.cat([prompt, more[row]])))
-
-
-@pytest.mark.parametrize("family", CACHED)
-@torch.no_grad()
-def test_rows_that_stop_leave_the_others_unchanged(checkpoint: Checkpoint, family: str) -> None:
-    """A row whose step is masked stands still: the others go on exactly, and it can go on later."""
-    hf, folder = checkpoint(family)
-    model, mask, ids = load_model(folder), padded(LENGTHS)[1], random_ids()
-    more, alive = random_ids(3, 8, seed=3), torch.ones(3, 8, dtype=torch.long)
-    alive[1, 2:5] = 0                            # stops, and resumes
-    alive[2, 3:] = 0                             # stops for good
-    cache = Cache(model, 3, 17 + 8)
-    model(ids, mask, cache)
-    steps = torch.cat([model(more[:, t:t + 1], alive[:, t:t + 1], cache) for t in range(8)], 1)
-    assert cache.lengths == [17 + 8, 9 + 5, 1 + 3]
-    for row in range(3):
-        on = alive[row].bool()
-        whole = expected(hf, torch.cat([ids[row][mask[row].bool()], more[row][on]]))
-        close(steps[row][on], whole[-int(on.sum()):])
-
-
-# Rotary frequencies
-
-@pytest.mark.parametrize(("head_dim", "theta", "scaling"), [
-    (16, 500.0, LLAMA3),
-    (64, 500000.0, {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192})])
-def test_llama3_frequencies_equal_the_published_code(
-        head_dim: int, theta: float, scaling: dict[str, Any]) -> None:
-    """Against the published scalar code, by wavelength (meta-llama/llama3, apply_scaling)."""
-    old = scaling["original_max_position_embeddings"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    plain, wanted, kinds = [], [], set()
-    for i in range(0, head_dim, 2):
-        frequency = theta ** (-i / head_dim)
-        wavelength = 2 * math.pi / frequency
-        plain.append(frequency)
-        if wavelength < old / high:
-            kinds.add("kept")
-        elif wavelength > old / low:
-            kinds.add("slowed")
-            frequency /= scaling["factor"]
-        else:
-            kinds.add("between")
-            smooth = (old / wavelength - low) / (high - low)
-            frequency = (1 - smooth) * frequency / scaling["factor"] + smooth * frequency
-        wanted.append(frequency)
-    assert kinds == {"kept", "slowed", "between"}, "the example must reach every branch"
-    config = dict(MINIMAL, head_dim=head_dim, rope_scaling=scaling, rope_theta=theta)
-    torch.testing.assert_close(rope_frequencies(Config.from_dict(config)), torch.tensor(wanted))
-    config["rope_scaling"] = None
-    torch.testing.assert_close(rope_frequencies(Config.from_dict(config)), torch.tensor(plain))
+    model, mask, ids = load_model(folder), padded(LENGTHS, side)[1], random_ids()
+    more, alive = random_ids(3, 9, seed=2), torch.ones(3, 9, dtype=torch.long)
+    alive[1, 4:6] = 0                            # stops, and resumes
+    alive[2, 5:] = 0                             # stops for good
+    cache = Cache(model, 3, 17 + 9)
+    first, *steps = [model(ids, mask, cache), model(more[:, :3], cache=cache),
+                     model(more[:, 3:4], cache=cache)]
+    steps += [model(more[:, t:t + 1], alive[:, t:t + 1], cache) for t in range(4, 9)]
+    assert cache.lengths == [17 + 9, 9 + 7, 1 + 5]
+    for row, (real, on) in enumerate(zip(mask.bool(), alive.bool())):
+        whole = expected(hf, torch.cat([ids[row][real], more[row][on]]))
+        close(torch.cat([first[row][real], torch.cat(steps, 1)[row][on]]), whole)
 
 
 # Config
@@ -205,29 +156,21 @@ def test_config_refuses_what_is_not_implemented(change: dict[str, Any], named: s
     assert named in str(e.value)
 
 
-def test_two_ropes_that_agree_are_one() -> None:
-    both = {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "rope_scaling": LLAMA3 | {
-        "rope_theta": 5e5}}
-    one = Config.from_dict({**MINIMAL, "rope_parameters": both["rope_parameters"]})
-    assert Config.from_dict({**MINIMAL, **both}) == one
-    del both["rope_scaling"]["rope_theta"]
-    assert Config.from_dict({**MINIMAL, **both}) == one
-
-
 def test_rope_of_old_and_new_config_files_is_read() -> None:
-    four = {k: LLAMA3[k] for k in ("factor", "low_freq_factor", "high_freq_factor",
-                                   "original_max_position_embeddings")}
-    old = dict(MINIMAL, rope_theta=500.0, rope_scaling={"type": "llama3", **four})
-    new = dict(MINIMAL, rope_parameters={"rope_type": "llama3", "rope_theta": 500, **four})
-    assert Config.from_dict(old) == Config.from_dict(new)
+    old: dict[str, Any] = {"rope_theta": 500.0, "rope_scaling": {"type": "llama3"} | {
+        k: v for k, v in LLAMA3.items() if not k.startswith("rope_")}}
+    new = {"rope_parameters": LLAMA3 | {"rope_theta": 500}}
+    both = new | {"rope_scaling": LLAMA3 | {"rope_theta": 500}}
+    half = new | {"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}
+    wanted, *others = (Config.from_dict(MINIMAL | rope) for rope in (old, new, both, half))
     # A checkpoint's fingerprint reads the config's repr, so that must not tell the forms apart.
-    assert repr(Config.from_dict(old)) == repr(Config.from_dict(new))
-    assert Config.from_dict(old).rope_scaling == four
-    assert Config.from_dict(old).rope_theta == 500.0
-    plain = dict(MINIMAL, rope_theta=7e5, rope_scaling=None)
-    assert Config.from_dict(plain).rope_scaling is None
-    assert Config.from_dict(plain) == Config.from_dict(
-        dict(MINIMAL, rope_parameters={"rope_type": "default", "rope_theta": 7e5}))
+    assert all(config == wanted and repr(config) == repr(wanted) for config in others)
+    assert wanted.rope_scaling == {k: v for k, v in LLAMA3.items() if not k.startswith("rope_")}
+    assert wanted.rope_theta == 500.0
+    plain = Config.from_dict(MINIMAL | {"rope_theta": 7e5, "rope_scaling": None})
+    assert plain.rope_scaling is None
+    assert plain == Config.from_dict(
+        MINIMAL | {"rope_parameters": {"rope_type": "default", "rope_theta": 7e5}})
     assert Config.from_dict(MINIMAL).rope_theta == 10000.0
 
 
@@ -258,21 +201,17 @@ def tokens_of(mask: list[list[bool]], windows: tuple[int | None, ...], cache: Ca
 
 @given(masks)
 def test_packing_and_unpacking_lose_nothing(mask: list[list[bool]]) -> None:
-    tokens = tokens_of(mask, (None,))
-    B, T = len(mask), len(mask[0])
-    x = torch.arange(1.0, B * T * 6 + 1).view(B * T, 2, 3)               # all different, none 0
-    real = [(b, t) for b in range(B) for t in range(T) if mask[b][t]]
-    packed = torch.stack([x[b * T + t] for b, t in real])
-    zero = torch.zeros(2, 3).tolist()
-    assert tokens.unpack(packed).tolist() == [
-        [x[b * T + t].tolist() if mask[b][t] else zero for t in range(T)] for b in range(B)]
+    tokens, real = tokens_of(mask, (None,)), torch.tensor(mask)
+    B, T = real.shape
+    x = torch.arange(1.0, B * T * 6 + 1).view(B, T, 2, 3)                # all different, none 0
+    packed = x[real]
+    assert torch.equal(tokens.unpack(packed), x * real[..., None, None])
     sequences = tokens.sequences(packed)                                 # (B, heads, T, C)
     assert sequences.shape == (B, 2, T, 3)
-    for b in range(B):
-        row = [x[b * T + t].tolist() for t in range(T) if mask[b][t]]
-        assert sequences[b].transpose(0, 1).tolist()[:len(row)] == row
+    for row, own, places in zip(sequences.transpose(1, 2), x, real):
+        assert torch.equal(row[:int(places.sum())], own[places])
     assert torch.equal(tokens.flat(sequences), packed.flatten(1))
-    assert tokens.positions.tolist() == [sum(mask[b][:t]) for b, t in real]
+    assert torch.equal(tokens.positions, (real.cumsum(1) - 1)[real])
 
 
 def test_gradients_of_packed_tokens_are_summed_over_the_rows_that_share_them() -> None:
