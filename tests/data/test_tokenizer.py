@@ -3,6 +3,8 @@
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +40,9 @@ GEMMA = """{{- bos_token -}}
     {%- endif -%}
     {{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' -}}
     {{- start.text if loop.first -}}
-    {%- if message.content is string -%}
-        {{- message.content | trim -}}
-    {%- else -%}
-        {%- for part in message.content -%}
-            {{- '<start_of_image>' if part.type == 'image' else part.text | trim -}}
-        {%- endfor -%}
-    {%- endif -%}
-    {{- '<end_of_turn>\n' -}}
+    {{- message.content | trim + '<end_of_turn>\n' -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<start_of_turn>model\n' -}}
-{%- endif -%}
+{{- '<start_of_turn>model\n' if add_generation_prompt -}}
 """
 CONTROLS = """{% for message in messages %}
     {% if message.role == 'system' %}{% continue %}{% endif %}
@@ -82,6 +75,13 @@ def write(folder: Path, bpe: Path, **files: dict[str, Any]) -> Path:
     return folder
 
 
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the tokenizer.json of a folder."""
+    content = read_json(folder / "tokenizer.json")
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
 def tokenizer_of(template: str) -> Tokenizer:
     return Tokenizer(ByteTokenizer(), template, "<|bos|>", "<|end|>")
 
@@ -108,15 +108,23 @@ def test_bytes_round_trip(text: str) -> None:
 
 # tokenizer.json
 
-def test_a_file_tokenizer_encodes_as_its_library_does(bpe: Path) -> None:
+def test_a_file_tokenizer_encodes_as_its_library_does(bpe: Path, tmp_path: Path) -> None:
+    """But no text is cut or padded, and none gets a start token: the template writes that, and
+    Llama's tokenizer.json would put a second one before."""
     from tokenizers import Tokenizer as Backend
+    from tokenizers import processors
 
-    backend, ours = Backend.from_file(str(bpe)), FileTokenizer(bpe)
-    ids, starts = ours.encode(TEXT)
-    encoding = backend.encode(TEXT, add_special_tokens=False)
-    assert ids == encoding.ids
-    assert starts == [start for start, _ in encoding.offsets]
-    assert ours.special["<|im_end|>"] in ids
+    backend = Backend.from_file(str(bpe))
+    encoding, file = backend.encode(TEXT, add_special_tokens=False), tmp_path / "t.json"
+    backend.post_processor = processors.TemplateProcessing(
+        "<s> $A", None, [("<s>", backend.token_to_id("<s>"))])
+    backend.enable_truncation(3)
+    backend.enable_padding(length=100)
+    backend.save(str(file))
+    assert len(Backend.from_file(str(file)).encode(TEXT).ids) == 100
+    ours, (ids, starts) = FileTokenizer(bpe), FileTokenizer(file).encode(TEXT)
+    assert ours.encode(TEXT) == (ids, starts)
+    assert ids == encoding.ids and starts == [start for start, _ in encoding.offsets]
     assert starts[ids.index(ours.special["<|im_end|>"])] == TEXT.index("<|im_end|>")
     assert ours.decode(ids) == TEXT.replace("<|im_end|>", "")
     assert ours.vocab_size == backend.get_vocab_size()
@@ -171,18 +179,6 @@ def test_special_tokens_come_from_the_template_alone(request, kind: str, text: s
         assert (len(asked), len(answered)) == (len(typed.strip().encode()), 3)
 
 
-def test_truncation_and_padding_of_a_file_are_ignored(bpe: Path, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer as Backend
-
-    backend = Backend.from_file(str(bpe))
-    whole = backend.encode(TEXT).ids
-    backend.enable_truncation(3)
-    backend.enable_padding(length=100)
-    backend.save(str(tmp_path / "t.json"))
-    assert len(Backend.from_file(str(tmp_path / "t.json")).encode(TEXT).ids) == 100
-    assert FileTokenizer(tmp_path / "t.json").encode(TEXT)[0] == whole
-
-
 def test_a_missing_tokenizers_names_the_command(monkeypatch: pytest.MonkeyPatch, bpe: Path) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'minismoe\[hub\]'"):
@@ -195,21 +191,16 @@ def test_broken_folders_are_refused(bpe: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json is no valid tokenizer"):
         load_tokenizer(tmp_path)
-    write(tmp_path, bpe)
+    size = FileTokenizer(bpe).vocab_size
+    with pytest.raises(ValueError, match=f"has {size} tokens, and the model only {size - 1}"):
+        load_tokenizer(write(tmp_path, bpe, config={"vocab_size": size - 1}))
     for name in ("config", "tokenizer_config", "generation_config"):
         for content, error in (("{", "not valid JSON"), ("[]", "no JSON object")):
             (tmp_path / f"{name}.json").write_text(content)
             with pytest.raises(ValueError, match=f"{name}.json .*{error}"):
                 load_tokenizer(tmp_path)
         (tmp_path / f"{name}.json").unlink()
-    load_tokenizer(tmp_path)
-
-
-def test_a_tokenizer_larger_than_the_vocabulary(bpe: Path, tmp_path: Path) -> None:
-    size = FileTokenizer(bpe).vocab_size
     load_tokenizer(write(tmp_path, bpe, config={"vocab_size": size}))
-    with pytest.raises(ValueError, match=f"has {size} tokens, and the model only {size - 1}"):
-        load_tokenizer(write(tmp_path, bpe, config={"vocab_size": size - 1}))
 
 
 @pytest.fixture(scope="module")
@@ -249,38 +240,30 @@ def test_gemmas_chats_are_those_of_transformers(gemma: Path) -> None:
     ours, theirs = load_tokenizer(gemma), AutoTokenizer.from_pretrained(gemma)
     assert theirs.chat_template == GEMMA
     user, answer = {"role": "user", "content": " the cat "}, {"role": "assistant", "content": "a\n"}
-    for messages in ([user], [SYSTEM, user], [user, answer, user], [SYSTEM, user, answer]):
-        for prompt in (False, True):
-            text = ours.render(messages, prompt)
-            assert text == theirs.apply_chat_template(messages, tokenize=False,
-                                                      add_generation_prompt=prompt)
-            ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
-            assert ours.encode(text)[0] == ids
-    assert ours.render([SYSTEM, user, answer], True) == (
-        "<bos><start_of_turn>user\nBe brief.\n\nthe cat<end_of_turn>\n"
-        "<start_of_turn>model\na<end_of_turn>\n<start_of_turn>model\n")
+    for messages, prompted in product(
+            ([user], [SYSTEM, user], [user, answer, user], [SYSTEM, user, answer]), (False, True)):
+        text, ids = (theirs.apply_chat_template(messages, add_generation_prompt=prompted,
+                                                tokenize=tokenize) for tokenize in (False, True))
+        assert ours.render(messages, prompted) == text
+        assert ours.encode(text)[0] == ids["input_ids"]
     for wrong in ([user, user], [answer, user]):
         with pytest.raises(ValueError, match="turns must alternate"):
             ours.render(wrong)
 
 
 def test_gemma_stops_at_the_end_of_a_turn_whatever_files_say(gemma: Path, tmp_path: Path) -> None:
-    """Its configuration names both ends; a base whose template was added names <eos> alone."""
-    declared = load_tokenizer(gemma)
+    """Its configuration names both ends; a base whose template was added names <eos> alone. A token
+    beyond the model is refused in a text alone."""
+    declared, size = load_tokenizer(gemma), read_json(gemma / "config.json")["vocab_size"]
     assert declared.stop_ids == [1, 5] and declared.end_id == 5 and declared.pad_id == 0
     base = shutil.copytree(gemma, tmp_path / "base")
     (base / "config.json").write_text(json.dumps({"vocab_size": 400, "eos_token_id": 1}))
     assert load_tokenizer(base).stop_ids == [1, 5]
     answer = {"role": "assistant", "content": "the cat"}
     assert declared.decode(declared.turn([{"role": "user", "content": "a"}, answer])) == "the cat"
-
-
-def test_a_token_beyond_the_model_is_refused_in_a_text_alone(gemma: Path) -> None:
-    size = read_json(gemma / "config.json")["vocab_size"]
-    tokenizer = load_tokenizer(gemma)
-    assert tokenizer.special["<image_soft_token>"] == size
+    assert declared.special["<image_soft_token>"] == size
     with pytest.raises(ValueError, match=f"token {size}, and the model has only {size}"):
-        tokenizer.encode("the <image_soft_token>")
+        declared.encode("the <image_soft_token>")
 
 
 @pytest.mark.parametrize("kind", ["bpe", "gemma"])
@@ -306,17 +289,15 @@ def test_a_lean_copy_is_the_same_tokenizer(request: pytest.FixtureRequest, tmp_p
 
 
 def test_a_text_that_cannot_be_encoded_is_refused(bpe: Path, tmp_path: Path) -> None:
-    content = read_json(bpe)
-    content["model"]["vocab"]["Ġcat"] = 5000             # few tokens, but a number out of range
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    (tmp_path / "config.json").write_text('{"vocab_size": 400}')
+    write(tmp_path, bpe, config={"vocab_size": 400})
+    # Few tokens, but a number out of range.
+    edit(tmp_path, lambda content: content["model"]["vocab"].update({"Ġcat": 5000}))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("the")
     with pytest.raises(ValueError, match="'the cat' with token 5000, and the model has only 400"):
         tokenizer.encode("the cat")
-    content["model"] = {"type": "WordLevel", "vocab": {"the": 0}, "unk_token": "<none>"}
-    content["pre_tokenizer"], content["added_tokens"] = None, []
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    edit(tmp_path, lambda content: content.update(pre_tokenizer=None, added_tokens=[], model={
+        "type": "WordLevel", "vocab": {"the": 0}, "unk_token": "<none>"}))
     with pytest.raises(ValueError, match="tokenizer.json cannot encode .*: WordLevel error"):
         load_tokenizer(tmp_path)             # which looks at the end of a turn
 
@@ -341,54 +322,35 @@ def test_importing_and_loading_import_no_torch(bpe: Path) -> None:
 
 # Templates
 
-@pytest.fixture(scope="module")
-def reference(bpe: Path) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_file=str(bpe), bos_token="<s>", eos_token="</s>")
-
-
-@pytest.mark.parametrize("generation_prompt", [False, True])
 @pytest.mark.parametrize("source", ["file", "string", "list"])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_rendered_as_by_transformers(bpe: Path, tmp_path: Path, reference: Any, name: str,
-                                     source: str, generation_prompt: bool) -> None:
-    template: Any = TEMPLATES[name]
-    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
-    if source == "file":                         # it outranks tokenizer_config.json
+def test_rendered_as_by_transformers(bpe: Path, tmp_path: Path, name: str, source: str) -> None:
+    """A file outranks what tokenizer_config.json holds."""
+    from transformers import PreTrainedTokenizerFast
+
+    template = TEMPLATES[name]
+    if source == "file":
         (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
-        settings["chat_template"] = "wrong"
-    elif source == "string":
-        settings["chat_template"] = template
-    else:
-        settings["chat_template"] = [{"name": "tool_use", "template": "wrong"},
-                                     {"name": "default", "template": template}]
-    tokenizer = load_tokenizer(write(tmp_path, bpe, tokenizer_config=settings))
-    assert tokenizer.template is not None
-    for messages in CONVERSATIONS:
-        theirs = reference.apply_chat_template(
-            messages, chat_template=template, tokenize=False,
-            add_generation_prompt=generation_prompt)
-        assert tokenizer.render(messages, generation_prompt) == theirs
-        assert tokenizer.encode(theirs)[0] == reference.encode(theirs, add_special_tokens=False)
-
-
-def test_the_default_template_renders_plain_text() -> None:
-    tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>")
-    assert tokenizer.render([SYSTEM, USER | {"content": "a"}, ANSWER], True) == (
-        "<|bos|>System: Be brief.\nUser: a\nAssistant: yes 🙂<|end|>\nAssistant:")
+    ours = load_tokenizer(write(tmp_path, bpe, tokenizer_config={
+        "bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False},
+        "chat_template": {"file": "wrong", "string": template, "list": [
+            {"name": "tool_use", "template": "wrong"},
+            {"name": "default", "template": template}]}[source]}))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(bpe), bos_token="<s>", eos_token="</s>")
+    for messages, prompted in product(CONVERSATIONS, (False, True)):
+        text = theirs.apply_chat_template(messages, chat_template=template, tokenize=False,
+                                          add_generation_prompt=prompted)
+        assert ours.render(messages, prompted) == text
+        assert ours.encode(text)[0] == theirs.encode(text, add_special_tokens=False)
 
 
 @pytest.mark.parametrize("template", [
     "{{ ''.__class__.__mro__ }}",
-    "{{ ().__class__.__base__.__subclasses__() }}",
     "{{ raise_exception.__globals__['x'] }}",
-    "{{ ''['__class__']['__mro__'] }}",
     "{{ (messages | attr('__class__')).__mro__ }}",
     "{{ '{0.__class__.__mro__}'.format(messages) }}",
     "{{ messages.append(1) }}",
     "{{ messages[0].update({'content': 'x'}) }}",
-    "{{ messages.clear() }}",
     "{% for i in range(10 ** 9) %}x{% endfor %}",
     "{% include '/etc/passwd' %}",
     "{% import 'os' as os %}",
@@ -442,11 +404,9 @@ def test_an_end_that_is_no_token_is_none(bpe: Path, tmp_path: Path, number: int)
 
 def test_an_end_token_is_special_whatever_tokenizer_json_says(bpe: Path, tmp_path: Path) -> None:
     """As one that was added as a word, and then named: transformers leaves it out of texts."""
-    content = read_json(bpe)
-    for token in content["added_tokens"]:
-        token["special"] = token["content"] != "<|im_end|>"
     write(tmp_path, bpe, tokenizer_config={"eos_token": "<|im_end|>"})
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    edit(tmp_path, lambda content: [token.update(special=token["content"] != "<|im_end|>")
+                                    for token in content["added_tokens"]])
     assert "<|im_end|>" not in FileTokenizer(tmp_path / "tokenizer.json").special
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.stop_ids == [2]
@@ -454,11 +414,9 @@ def test_an_end_token_is_special_whatever_tokenizer_json_says(bpe: Path, tmp_pat
 
 
 def test_a_special_token_goes_on_stripping_the_spaces_beside_it(bpe: Path, tmp_path: Path) -> None:
-    content = read_json(bpe)
-    for token in content["added_tokens"]:
-        token["lstrip"] = token["content"] == "</s>"
     write(tmp_path, bpe, tokenizer_config={"eos_token": "</s>"})
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    edit(tmp_path, lambda content: [token.update(lstrip=token["content"] == "</s>")
+                                    for token in content["added_tokens"]])
     alone, named = FileTokenizer(tmp_path / "tokenizer.json"), load_tokenizer(tmp_path)
     assert named.encode("a  </s>b") == alone.encode("a  </s>b")
     assert len(named.encode("a  </s>b")[0]) == 3
@@ -475,13 +433,13 @@ def test_a_turn_end_is_read_off_the_template(bpe: Path, template: str, end: str)
     assert tokenizer.stop_ids == [backend.special[end]]
 
 
-def test_the_pad_token_is_the_declared_one_or_an_end_token(bpe: Path, tmp_path: Path) -> None:
-    special = FileTokenizer(bpe).special
-    settings = {"pad_token": "<|endoftext|>", "eos_token": "</s>"}
-    assert load_tokenizer(write(tmp_path, bpe, tokenizer_config=settings)).pad_id == special[
-        "<|endoftext|>"]
-    del settings["pad_token"]
-    assert load_tokenizer(write(tmp_path, bpe, tokenizer_config=settings)).pad_id == special["</s>"]
+@pytest.mark.parametrize("settings, pad", [
+    ({"pad_token": "<|endoftext|>", "eos_token": "</s>"}, "<|endoftext|>"),
+    ({"eos_token": "</s>"}, "</s>")])
+def test_the_pad_token_is_the_declared_one_or_an_end_token(
+        bpe: Path, tmp_path: Path, settings: dict[str, str], pad: str) -> None:
+    tokenizer = load_tokenizer(write(tmp_path, bpe, tokenizer_config=settings))
+    assert tokenizer.pad_id == FileTokenizer(bpe).special[pad]
 
 
 @pytest.mark.parametrize("generate", [False, True])
@@ -494,21 +452,9 @@ def test_the_default_template_needs_no_jinja(template: str | None, generate: boo
     expected = templates.render(DEFAULT_TEMPLATE, {
         "messages": messages, "bos_token": "<|bos|>", "eos_token": "<|end|>",
         "add_generation_prompt": generate})
+    assert expected == ("<|bos|>System: Be {{ brief }}.\nUser: a\n\nAssistant: b<|end|>\n"
+                        "User: \n" + "Assistant:" * generate)
     monkeypatch.setattr("minismoe.data.templates.render", lambda *_: pytest.fail("asked for jinja"))
     plain = Tokenizer(ByteTokenizer(), template, "<|bos|>", "<|end|>")
     assert plain.render(messages, generate) == expected
     assert plain.stop_ids == [257]
-
-
-def test_what_a_post_processor_would_add_is_left_out(bpe: Path, tmp_path: Path) -> None:
-    """The template writes the start token: Llama's tokenizer.json would put a second one before."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import processors
-
-    backend = Backend.from_file(str(bpe))
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
-    backend.save(str(tmp_path / "t.json"))
-    assert len(backend.encode("the cat").ids) == 1 + len(FileTokenizer(bpe).encode("the cat")[0])
-    ours, bare = (FileTokenizer(file).encode("the cat") for file in (tmp_path / "t.json", bpe))
-    assert ours == bare
