@@ -136,7 +136,7 @@ def test_a_first_token_has_no_loss_on_whichever_side_the_pads_are() -> None:
 
 
 @pytest.mark.parametrize("setting", ["final_logit_softcapping", "logits_scaling", "logit_scale"])
-def test_transformed_logits_are_refused(setting: str) -> None:
+def test_heads_that_do_more_than_multiply_are_refused(setting: str) -> None:
     model = model_of("hf-llama")
     for harmless in (None, 1, 1.0):
         setattr(model.config, setting, harmless)
@@ -144,10 +144,7 @@ def test_transformed_logits_are_refused(setting: str) -> None:
     setattr(model.config, setting, 30.0)
     with pytest.raises(ValueError, match=f"LlamaForCausalLM.*{setting}"):
         supervised_losses(model, *batch())
-
-
-def test_a_head_with_a_bias_is_refused() -> None:
-    model = model_of("hf-llama")
+    setattr(model.config, setting, None)
     model.lm_head.bias = nn.Parameter(torch.ones(V))
     with pytest.raises(ValueError, match="bias"):
         supervised_losses(model, *batch())
