@@ -189,7 +189,7 @@ def port_commands(folder: str) -> str:
     here = Path(onnxruntime.__file__).with_name("capi")
     library = shlex.quote(str(next(here.glob("libonnxruntime.so.*"), here / "libonnxruntime.so")))
     return (f"\nln -sf {library} libonnxruntime.so.1"
-            f"\ncc -O2 {folder}/answer.c libonnxruntime.so.1 -Wl,-rpath,'$ORIGIN' -o answer"
+            f"\ncc -O2 {folder}/answer.c libonnxruntime.so.1 -lm -Wl,-rpath,'$ORIGIN' -o answer"
             f"\n./answer {folder}")
 
 

@@ -1,4 +1,4 @@
-/* answer.c: ask a model that `export.py RUN --port` wrote, with onnxruntime's C API and libc alone.
+/* answer.c: ask a model that `export.py RUN --port` wrote, with onnxruntime's C API, libc, libm.
    An app calls the functions of answer.h. This is also a program (export.py prints how to compile):
 
        ./answer FOLDER "Where is my card?"     the answer; its log-probability and speed on stderr
@@ -18,6 +18,7 @@
        card_arrival */
 #define _POSIX_C_SOURCE 200809L              /* for getline and clock_gettime */
 #include "answer.h"
+#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -128,16 +129,21 @@ static u32 crc(u32 crc, const unsigned char *bytes, size_t n) {
     for (crc = ~crc; n > 0; n--) crc = table[(crc ^ *bytes++) & 0xFF] ^ crc >> 8;
     return ~crc;
 }
-/* Entry i of a table of numbers, and a copy of text i. A damaged table may point anywhere. */
+/* Entry i of a table of numbers, text i, and its copy as a string. A damaged table may point
+   anywhere. */
 static u32 number(Answer *a, int t, size_t i) {
     if (i >= a->count[t]) damaged(a);
     return ((const u32 *)a->table[t])[i];
 }
-static char *text_at(Answer *a, size_t i, u32 *length) {
+static const char *text_at(Answer *a, size_t i, u32 *length) {
     u32 at = number(a, STARTS, i), all = a->count[TEXTS];
     *length = number(a, STARTS, i + 1) - at;
     if (at > all || *length > all - at) damaged(a);
-    return memcpy(take(a, *length + 1, 1), (const char *)a->table[TEXTS] + at, *length);
+    return (const char *)a->table[TEXTS] + at;
+}
+static char *copy_of(Answer *a, size_t i) {
+    u32 length; const char *text = text_at(a, i, &length);
+    return memcpy(take(a, length + 1, 1), text, length);
 }
 static char *path_of(Answer *a, const char *name) {
     char *path = take(a, strlen(a->folder) + strlen(name) + 2, 1);
@@ -162,10 +168,9 @@ static void open_table(Answer *a) {
     }
     if (!good || !a->count[PROMPT] || !a->head->vocab) fail(a, "%s is damaged: export again", path);
     a->tasks = take(a, a->count[TASKS] + 1, sizeof *a->tasks);
-    for (u32 i = 0, length, used = 0; i < a->count[TASKS]; i++, used = strlen(a->names)) {
+    for (u32 i = 0, used = 0; i < a->count[TASKS]; i++, used = strlen(a->names)) {
         const Row *row = (const Row *)a->table[TASKS] + i;
-        a->tasks[i] = (Task){text_at(a, row->first, &length), text_at(a, row->second, &length),
-                             row->a, row->b};
+        a->tasks[i] = (Task){copy_of(a, row->first), copy_of(a, row->second), row->a, row->b};
         snprintf(a->names + used, sizeof a->names - used, i ? ", %s" : "%s", a->tasks[i].name);
     }
     if (!*a->names) strcpy(a->names, "none");
@@ -484,19 +489,18 @@ static Cache read_tokens(Answer *a, Cache from, const u32 *ids, size_t n) {
 }
 
 /* 6. Answers *************************************************************************************/
-static double power_of_e(double x) {         /* (e^(x / 4096))^4096, as libm is another library */
-    double y = x / 4096, power = 1 + y * (1 + y / 2 * (1 + y / 3 * (1 + y / 4)));
-    for (int i = 0; i < 12; i++) power *= power;
-    return power;
+/* The score of a token that may come next, behind all that was read. */
+static float score(Answer *a, u32 id) {
+    if (id >= a->head->vocab) damaged(a);
+    return a->scores[(a->rows - 1) * a->head->vocab + id];
 }
 /* log(sum of e^x): the log-probability of i among these is x[i] - log_of_sum(x, n). */
 static double log_of_sum(Answer *a, const float *x, size_t n) {
-    double highest = x[0], sum = 0, log = 0;
+    double highest = x[0], sum = 0;
     for (size_t i = 1; i < n; i++) if (x[i] > highest) highest = x[i];
-    for (size_t i = 0; i < n; i++) if (!(x[i] < highest - 30)) sum += power_of_e(x[i] - highest);
-    if (!(sum > 0.5 && sum < 2.0 * n)) fail(a, "the model's scores are not numbers");
-    for (int i = 0; i < 20; i++) log += 2 * (sum - power_of_e(log)) / (sum + power_of_e(log));
-    return highest + log;
+    for (size_t i = 0; i < n; i++) sum += exp(x[i] - highest);
+    if (!isfinite(sum)) fail(a, "the model's scores are not numbers");
+    return highest + log(sum);
 }
 static bool is_stop(Answer *a, u32 id) {
     for (u32 i = 0; i < a->count[STOPS]; i++) if (number(a, STOPS, i) == id) return true;
@@ -544,11 +548,12 @@ static u32 *generate(Answer *a, Cache cache, size_t most, AnswerResult *r) {
 /* The text of n tokens: without white space before it, and U+FFFD for what is no UTF-8. */
 static const char *text_of(Answer *a, const u32 *ids, size_t n) {
     size_t length = 0, at = 0; u32 c, size;
-    for (size_t i = 0; i < n; i++)
-        length += number(a, STARTS, ids[i] + 1) - number(a, STARTS, ids[i]);
-    char *bytes = take(a, length + 1, 1), *text = take(a, 3 * length + 1, 1), *to = text, *part;
-    for (size_t i = 0; i < n; i++, at += size)
-        part = text_at(a, ids[i], &size), memcpy(bytes + at, part, size);
+    for (size_t i = 0; i < n; i++, length += size) text_at(a, ids[i], &size);
+    char *bytes = take(a, length + 1, 1), *text = take(a, 3 * length + 1, 1), *to = text;
+    for (size_t i = 0; i < n; i++, at += size) {
+        const char *part = text_at(a, ids[i], &size);
+        memcpy(bytes + at, part, size);
+    }
     for (size_t i = 0; i < length; i += size) {
         if (!(size = read_character(bytes + i, length - i, &c)) || !c) c = 0xFFFD, size = 1;
         if (to > text || !(kind(a, c) & BLANK)) to += write_character(to, c);
@@ -557,10 +562,10 @@ static const char *text_of(Answer *a, const u32 *ids, size_t n) {
 }
 /* Put an answer of the set among the likeliest ones, of which the last may leave. */
 static void add(Answer *a, const Row *row, double p, AnswerResult *r) {
-    AnswerChoice *choices = (AnswerChoice *)r->choices; u32 size;
+    AnswerChoice *choices = (AnswerChoice *)r->choices;
     size_t at = r->found < r->best ? r->found++ : r->best - 1;
     for (; at && choices[at - 1].logprob < p; at--) choices[at] = choices[at - 1];
-    choices[at] = (AnswerChoice){text_at(a, row->a, &size), p};
+    choices[at] = (AnswerChoice){copy_of(a, row->a), p};
 }
 /* Add the answers behind a node of CHOICES that are likelier than the last of r->choices. p: the
    node's log-probability; `ids` before it are still unread. A token competes with those alone that
@@ -575,9 +580,8 @@ static void search(Answer *a, Cache from, u32 *ids, size_t unread, u32 node, dou
         if (!n || row->a <= node) damaged(a);
     }
     Cache cache = read_tokens(a, from, ids, unread);
-    const float *scores = a->scores + (a->rows - 1) * a->head->vocab;
     float *x = take(a, n, sizeof *x);
-    for (u32 i = 0; i < n; i++) x[i] = row[i].second < a->head->vocab ? scores[row[i].second] : 0;
+    for (u32 i = 0; i < n; i++) x[i] = score(a, row[i].second);
     double sum = log_of_sum(a, x, n), q;
     for (u32 k = 0; ; x[k] = -1e30f) {       /* the likeliest first, until none can win */
         for (u32 i = 0; i < n; i++) if (x[i] > x[k]) k = i;
@@ -634,14 +638,12 @@ static void check(Answer *a) {
     if (n < count || memcmp(ids, prompt, count * sizeof *ids))       /* cut, in a small context */
         fail(a, "the tokens of the question are not those of the export");
     Cache cache = read_tokens(a, a->empty, prompt, count);
-    const float *scores = a->scores + (a->rows - 1) * a->head->vocab; AnswerResult r = {0};
-    float most = 0, apart = 0, off;
-    for (u32 i = 0; i < a->head->vocab; i++)
-        if (scores[i] > most || -scores[i] > most) most = scores[i] < 0 ? -scores[i] : scores[i];
+    float most = 0, apart = 0, off; AnswerResult r = {0};
+    for (u32 i = 0; i < a->head->vocab; i++) most = fmaxf(most, fabsf(score(a, i)));
     for (const Row *row = a->table[LARGEST], *end = row + a->count[LARGEST]; row < end; row++) {
         memcpy(&off, &row->a, sizeof off);
-        off -= row->first < a->head->vocab ? scores[row->first] : 0;
-        if (!(off <= apart && -off <= apart)) apart = off < 0 ? -off : off;
+        off = fabsf(off - score(a, row->first));
+        if (!(off <= apart)) apart = off;    /* no number, too */
     }
     ids = generate(a, cache, a->count[FOLLOWING], &r);
     bool same = r.tokens == a->count[FOLLOWING] && !memcmp(ids, a->table[FOLLOWING], 4 * r.tokens);
@@ -746,7 +748,7 @@ int main(int argc, char **argv) {
         if (why && lines) fprintf(stderr, "line %zu: %s\n", number, why), bad++;
         else if (why) return fprintf(stderr, "error: %s\n", why), close_answer(a), 1;
         else fprintf(stderr, "[log-probability %.4f (%.1f %%), first token after %.3f s, %zu "
-                     "tokens at %.1f/s]\n", r.logprob, 100 * power_of_e(r.logprob), r.first_token,
+                     "tokens at %.1f/s]\n", r.logprob, 100 * exp(r.logprob), r.first_token,
                      r.tokens, r.tokens / (now() - start - r.first_token));
         if (!lines) break;
     }

@@ -1,4 +1,5 @@
-/* Ask a model that `export.py RUN --port` wrote: compile answer.c, link onnxruntime 1.30 or later.
+/* Ask a model that `export.py RUN --port` wrote: compile answer.c, link onnxruntime 1.30 or later
+   and libm.
 
        Answer *model = open_answer("mine", 0);
        AnswerResult result = {0};
