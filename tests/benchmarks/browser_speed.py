@@ -1,5 +1,5 @@
 """The page of layout web in headless Chromium, as a user sees it: load time, first token, tokens a
-second and, with --data, exact match on test lines.
+second, the tab's memory and, with --data, exact match on test lines.
 
     python export.py RUN --layout web --out WEB
     MINISMOE_NODE_MODULES=... python tests/benchmarks/browser_speed.py WEB --data DATA --tasks trec
@@ -11,6 +11,7 @@ long: they are stopped after --seconds.
 """
 
 import argparse
+import re
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,14 @@ def loading(tab: Browser, address: str) -> float:
     return time.perf_counter() - start
 
 
+def peak(pid: int) -> float:
+    """The most GB that the process or one of its descendants has held: of a browser's, the tab."""
+    process = Path(f"/proc/{pid}")
+    held = re.search(r"VmHWM:\s*(\d+)", (process / "status").read_text())
+    children = " ".join(file.read_text() for file in process.glob("task/*/children")).split()
+    return max(int(held[1]) / 976562.5 if held else 0, *map(peak, map(int, children)), 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,6 +89,7 @@ def main() -> None:
         with Browser() as tab:
             loads = [loading(tab, address) for _ in range(2)]
             print(f"load: {loads[0]:.1f} s, again {loads[1]:.1f} s")
+            print(f"memory of the tab at most: {peak(tab.process.pid):.2f} GB")
             found = [ask(tab, PROMPT, args.seconds)[1].split() for _ in range(WARM + args.rounds)]
             first, rate = ([float(words[i]) for words in found] for i in (3, 5))
             at_once, first, rate = first[0], first[WARM:], rate[WARM:]

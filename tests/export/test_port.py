@@ -591,14 +591,14 @@ const OrtApiBase *OrtGetApiBase(void) {
 
 
 @pytest.mark.parametrize("version", ["1.21.0", "1.29.3"])
-def test_an_old_library_is_named_in_one_line(version: str, small: Path, tmp_path: Path,
+def test_an_old_library_is_named_in_one_line(version: str, exported: Path, tmp_path: Path,
                                              build: Callable[..., Path]) -> None:
     """Linked before the real one: a library that has a version and nothing else."""
     (tmp_path / "old.c").write_text(OLD)
     program = build(PORT / "answer.c", tmp_path / "old.c", f'-DVERSION="{version}"',
                     f"-I{HEADERS.parent}")
     for flags in ["a"], ["--check"]:
-        assert ask(program, small, *flags, code=1) == (
+        assert ask(program, exported, *flags, code=1) == (
             f"error: onnxruntime {version} is too old: link 1.30 or later\n")
 
 
