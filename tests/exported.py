@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +14,26 @@ import onnx
 import onnxruntime as ort
 import torch
 import torch.nn.functional as F
-from tiny import BYTES, python
+from tiny import BYTES, ROOT, python
 from torch import Tensor, nn
 
 import export as script
+from minismoe.data.tools import Message
 from minismoe.export import graph, steps
 from minismoe.export.calibration import Batches
+from minismoe.export.layers import AdapterLinear
+from minismoe.export.layouts import write_adapter
 from minismoe.export.mixture import round_experts
 from minismoe.export.settings import ExportConfig
 from minismoe.export.ship import Part, freeze_and_round, sharing_copy
 from minismoe.export.weights import GraphFormat
 from minismoe.io.files import read_json
+from minismoe.method.freeze import Fit
 from minismoe.model.decoder import CausalLM, Config
 from minismoe.runtime import Generator
 
 CONFIG = BYTES | {"hidden_size": 64, "max_position_embeddings": 96}
+UP = "model.layers.0.mlp.up_proj"
 KINDS = {"ort": ("ort", None), "portable": ("portable", None),
          "static": ("portable", (1, 1, 96)), "chunks": ("portable", (1, 4, 96))}
 
@@ -94,6 +102,17 @@ def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
              contract={"cache": {"ort": "shared", "portable": "growing"}.get(kind, "fixed")},
              format="minismoe.export/1", adapters={})
     return folder
+
+
+def export_adapters(model: CausalLM, folder: Path, *tasks: str) -> dict[str, Fit]:
+    """An exported folder with a random adapter of the matrix UP for each task; returns them."""
+    export(model, folder, **{UP: AdapterLinear(model.get_submodule(UP), {})})
+    torch.manual_seed(0)
+    fits = {task: Fit(torch.randn(4, 64), torch.randn(48, 4) * 0.5) for task in tasks}
+    for task, fit in fits.items():
+        write_adapter(folder / f"{task}.onnx_adapter", {UP: fit})
+    describe(folder, adapters={task: f"{task}.onnx_adapter" for task in tasks})
+    return fits
 
 
 class Runner:
@@ -173,6 +192,18 @@ def scripted(folder: Path, *pieces: str, template: str | None = None,
         "tokenizer_config.json": json.dumps({"eos_token": "<|end|>", "chat_template": template})})
 
 
+def user(text: str) -> list[Message]:
+    """A chat that asks a question."""
+    return [{"role": "user", "content": text}]
+
+
+def answer_of(generator: Generator, chat: list[Message], limit: int | None = 9,
+              **options: Any) -> str:
+    """What the runtime itself answers to a chat, without the white space before it."""
+    prompt = generator.tokenizer.render(chat, True)
+    return "".join(generator.text(generator.generate(prompt, limit, **options))).lstrip()
+
+
 def ship(out: Path, *flags: object) -> dict[str, Any]:
     """Call export.py with these flags, each a word or several; returns export.json."""
     script.main([*" ".join(map(str, flags)).split(), "--out", str(out)])
@@ -225,3 +256,21 @@ def command(*args: object, input: str = "", **environment: str,
             ) -> subprocess.CompletedProcess[str]:
     """`python -m minismoe.runtime` without the libraries that it must do without."""
     return python("-c", BARE, *args, input=input, **environment)
+
+
+@contextmanager
+def started(folder: Path, *flags: str) -> Iterator[tuple[str, list[str]]]:
+    """`--serve` of a folder in a process of its own: its first line and, once Ctrl-C has ended it,
+    the lines of its log. The caller needs the fixture `signals`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minismoe.runtime", str(folder), "--serve", *flags], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stderr
+    line, log = process.stdout.readline(), list[str]()
+    try:
+        assert line, process.stderr.read()
+        yield line, log
+    finally:
+        process.send_signal(signal.SIGINT)
+        log += process.communicate(timeout=30)[1].splitlines()
+    assert process.returncode == 130 and [log.pop(), log.pop()] == ["interrupted", ""]

@@ -6,15 +6,7 @@ import re
 
 import pytest
 import torch
-from exported import (
-    KINDS,
-    Watched,
-    command,
-    describe,
-    export,
-    log_probabilities,
-    random_model,
-)
+from exported import KINDS, Watched, command, export, log_probabilities, random_model, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHATML
@@ -183,33 +175,22 @@ def test_a_broken_tasks_json_is_named(tmp_path, content) -> None:
 
 # The command line, in a process without torch.
 
-def test_command(generator, folders, model, tmp_path) -> None:
+def test_command(generator, folders, tmp_path) -> None:
     (tmp_path / "lines").write_text("\n".join(CHOICES))
-    prompt = generator.tokenizer.render([{"role": "user", "content": "hello"}], True)
-    expected = generator.choose(prompt, CHOICES, 3)
+    expected = generator.choose(user("hello"), CHOICES, 3)
     asked = [folders["ort"], "hello", "--choices", tmp_path / "lines", "--threads", 1]
     assert command(*asked).stdout == expected[0].text + "\n"
     several = command(*asked, "--best", 3, "--stats")
     assert several.stdout == "".join(f"{math.exp(p):.4f}\t{text}\n" for text, p in expected)
     assert re.match(r"\[one of 8 answers in \S+ s, peak", several.stderr)
-    folder = export(model, tmp_path / "f")
-    (folder / "tasks.json").write_text(json.dumps({
-        "t": {"choices": ["no", "card"], "instruction": "say\n"}}))
-    describe(folder)
-    best = generator.choose(prompt, ["no", "card"])[0].text
-    assert command(folder, "--choices", "t", input="hello\n").stdout == best + "\n"
-    wrong = command(folder, "hello", "--choices", "u")
-    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and ": t\n" in wrong.stderr
 
 
 def test_each_line_gets_a_line(generator, folders, tmp_path) -> None:
     """With --best, the answers to it stand in this line; with --json, its object has them."""
     (tmp_path / "lines").write_text("\n".join(CHOICES))
     said = [f"{word} {n}" for n in range(3) for word in ("hello", "the", "a", "yes", "no", "who")]
-    prompts = [generator.tokenizer.render([{"role": "user", "content": text}], True)
-               for text in said]
     asked = [folders["ort"], "--lines", "--choices", tmp_path / "lines", "--threads", 1]
-    found = [generator.choose(prompt, CHOICES, 2) for prompt in prompts]
+    found = [generator.choose(user(text), CHOICES, 2) for text in said]
     assert command(*asked, input="\r\n".join(said) + "\n").stdout.splitlines() == [
         best.text for best, _ in found]
     assert command(*asked, "--best", 2, input="\n".join(said)).stdout.splitlines() == [

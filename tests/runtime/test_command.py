@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,24 +12,18 @@ import threading
 import time
 
 import pytest
-from exported import command, describe, export, scripted
+from exported import answer_of, command, describe, export, scripted, user
 from tiny import ROOT, python
 
 from minismoe.io.text import clean
-from minismoe.runtime import Generator
 from minismoe.runtime import __main__ as program
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="it needs POSIX")
 
 
-def user(text: str) -> list[dict]:
-    return [{"role": "user", "content": text}]
-
-
-def answer(generator: Generator, chat: list[dict], limit: int = 9, **options: object) -> str:
-    """What the runtime answers to a chat, as it is printed."""
-    prompt = generator.tokenizer.render(chat, True)
-    return "".join(generator.text(generator.generate(prompt, limit, **options))).lstrip()
+def in_one_line(text: str) -> str:
+    """An answer as --lines prints it."""
+    return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def at_terminal(*args: object, typed: str) -> str:
@@ -56,15 +49,19 @@ def at_terminal(*args: object, typed: str) -> str:
     return printed.decode().removesuffix("<end>")
 
 
-def test_a_missing_onnxruntime_is_one_line(folders) -> None:
-    code = "import sys; sys.modules['onnxruntime'] = None; sys.argv = ['x', 'y', 'z']; " + (
-        "import runpy; runpy.run_module('minismoe.runtime', run_name='__main__')")
-    done = python("-c", code)
+def runtime_after(code: str) -> str:
+    """Code that runs this first, and then `python -m minismoe.runtime`."""
+    return f"import os, runpy, signal, sys\n{code}\n" \
+           "runpy.run_module('minismoe.runtime', run_name='__main__')"
+
+
+def test_a_missing_onnxruntime_is_one_line() -> None:
+    done = python("-c", runtime_after("sys.modules['onnxruntime'] = None"), "y", "z")
     assert done.returncode == 1 and re.fullmatch("error: .*onnxruntime.*\n", done.stderr)
 
 
 def test_command_in_a_bare_process(generator, folders) -> None:
-    expected = answer(generator, user("hello"), 10) + "\n"
+    expected = answer_of(generator, user("hello"), 10) + "\n"
     asked = command(folders["ort"], "hello", "--max-tokens", 10, "--stats", "--verify")
     assert (asked.returncode, asked.stdout) == (0, expected), asked.stderr
     assert re.search(r"first token \S+ s, .* peak memory \d+ MB", asked.stderr)
@@ -72,7 +69,7 @@ def test_command_in_a_bare_process(generator, folders) -> None:
     assert (piped.stdout, piped.stderr) == (expected, "")
     several = command(folders["ort"], "--max-tokens", 9, input="one\ntwo\n")
     assert (several.stdout, several.stderr) == (
-        answer(generator, user("one\ntwo")) + "\n",
+        answer_of(generator, user("one\ntwo")) + "\n",
         "[2 lines are one prompt; --lines answers each line]\n")
     for prompt, note in (("some words", ""), ("x" * 94, "[the context of 96 tokens is full]\n")):
         raw, text = command(folders["portable"], prompt, "--raw"), generator.generate(prompt)
@@ -97,7 +94,7 @@ def test_chat(generator, folders) -> None:
     history, expected = [], ""
     for line in ("one", "two"):
         history += user(line)
-        said = answer(generator, history)
+        said = answer_of(generator, history)
         history.append({"role": "assistant", "content": said.strip()})
         expected += said + "\n"
     done = command(folders["ort"], "--chat", "--max-tokens", 9,
@@ -186,7 +183,7 @@ def test_each_line_gets_a_line(generator, folders) -> None:
     done = command(folders["ort"], "--lines", "--max-tokens", 9, input="\n".join(lines))
     assert done.returncode == 1
     assert done.stdout == "".join(f"{text}\n" for text in (
-        answer(generator, user("one")), "", "", answer(generator, user("two"))))
+        answer_of(generator, user("one")), "", "", answer_of(generator, user("two"))))
     assert re.fullmatch("line 2: the line is empty\nline 3: the prompt has .* leaves no room .*\n"
                         "error: 2 of 4 lines have no answer\n", done.stderr)
     raw = command(folders["ort"], "--lines", "--raw", "--max-tokens", 9, input=" two \n")
@@ -226,34 +223,30 @@ def test_lines_of_a_live_pipe_are_answered_as_they_come(folders, generator) -> N
         for line in ("one", "two"):
             process.stdin.write(line + "\n")
             process.stdin.flush()
-            assert process.stdout.readline() == answer(generator, user(line), 5) + "\n"
+            assert process.stdout.readline() == answer_of(generator, user(line), 5) + "\n"
         patience.cancel()
 
 
 def test_each_line_has_draws_of_its_own(folders, generator) -> None:
     done = command(folders["ort"], "--lines", "--max-tokens", 9, "--temperature", 5, "--seed", 7,
                    input="one\n" * 3)
-    said = [answer(generator, user("one"), temperature=5.0, seed=seed) for seed in (7, 8, 9)]
-    assert done.stdout.replace("\\n", "\n").replace("\\r", "\r") == "".join(
-        f"{text}\n" for text in said) and len({*said}) == 3
+    said = [answer_of(generator, user("one"), temperature=5.0, seed=seed) for seed in (7, 8, 9)]
+    assert done.stdout == "".join(in_one_line(text) + "\n" for text in said)
+    assert len({*said}) == 3
 
 
-@pytest.fixture(scope="module")
-def task(model, tmp_path_factory):
-    """A folder of one task, which has an instruction."""
-    tasks = {"color": {"choices": ["red", "blue"], "instruction": "Name it.\n"}}
-    return export(model, tmp_path_factory.mktemp("task") / "f",
-                  files={"tasks.json": json.dumps(tasks)})
+TASKS = {"color": {"choices": ["red", "blue"], "instruction": "Name it.\n"}}
 
 
-def test_a_question_is_asked_as_it_was_judged(task, tmp_path, generator) -> None:
+def test_a_question_is_asked_as_it_was_judged(model, tmp_path, generator) -> None:
     """Behind the task's instruction: one question, lines, one of a set; but not as it is."""
-    said = [answer(generator, user(f"Name it.\n{text}")) for text in ("sky", "sea")]
+    task = export(model, tmp_path / "one", files={"tasks.json": json.dumps(TASKS)})
+    said = [answer_of(generator, user(f"Name it.\n{text}")) for text in ("sky", "sea")]
     limit = ("--max-tokens", 9)
     assert command(task, "sky", *limit).stdout == said[0] + "\n"
     assert command(task, "Name it.\nsky", *limit).stdout == said[0] + "\n"
-    lines = "".join(said[i].replace("\n", "\\n").replace("\r", "\\r") + "\n" for i in (0, 1))
-    assert command(task, "--lines", *limit, "--task", "color", input="sky\nsea\n").stdout == lines
+    lines = command(task, "--lines", *limit, "--task", "color", input="sky\nsea\n").stdout
+    assert lines == "".join(in_one_line(text) + "\n" for text in said)
     raw = "".join(generator.text(generator.generate("sky", 9)))
     assert command(task, "sky", "--raw", *limit).stdout == raw + "\n"
     best, = generator.choose(user("Name it.\nsky"), ["red", "blue"])
@@ -261,33 +254,26 @@ def test_a_question_is_asked_as_it_was_judged(task, tmp_path, generator) -> None
     assert chosen == f"{math.exp(best.logprob):.4f}\t{best.text}\n"
     wrong = command(task, "sky", "--task", "size")
     assert wrong.returncode == 1 and "has no task 'size'; present: color" in wrong.stderr
-    folder = shutil.copytree(task, tmp_path / "two")
-    (folder / "tasks.json").write_text(json.dumps({
-        **json.loads((task / "tasks.json").read_text()), "b": {"choices": [], "instruction": ""}}))
-    describe(folder, files={})
-    describe(folder, files={name: {"bytes": (folder / name).stat().st_size, "sha256": ""} for name
-                            in ("model.onnx", "sampler.onnx")})
+    folder = export(model, tmp_path / "two", files={"tasks.json": json.dumps(
+        {**TASKS, "b": {"choices": [], "instruction": ""}})})
+    assert command(folder, "sky", "--choices", "color", "--best", 1).stdout == chosen
     plain = command(folder, "sky", *limit)
-    assert plain.stdout == answer(generator, user("sky")) + "\n"
+    assert plain.stdout == answer_of(generator, user("sky")) + "\n"
     assert plain.stderr == ("[asked without an instruction; --task NAME puts that of a task before "
                             "the question: color, b]\n")
 
 
 def test_lines_are_utf_8(folders, generator) -> None:
     """Whatever the locale; a mark of the order of bytes is no text, and other bytes no answer."""
-    code = "import runpy, sys; sys.argv = ['x', *sys.argv[1:]]; " \
-           "runpy.run_module('minismoe.runtime', run_name='__main__')"
     done = subprocess.run(
-        [sys.executable, "-X", "utf8=0", "-c", code, str(folders["ort"]), "--lines", "--max-tokens",
-         "4"], input="\ufeffä\n".encode() + b"\xe4\n" + "ä\n".encode(), capture_output=True,
-        cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONCOERCECLOCALE": "0"})
-    lines = done.stdout.decode("latin-1").split("\n")
-    assert lines[0] == lines[2] and lines[1] == "" and done.returncode == 1
-    wanted = answer(generator, user("ä"), 4).replace("\n", "\\n").replace("\r", "\\r")
-    assert lines[0] == wanted.encode("latin-1", "replace").decode("latin-1")
-    assert done.stderr.decode().splitlines() == [
-        "line 2: the line is not UTF-8 text: " + done.stderr.decode().splitlines()[0].partition(
-            "text: ")[2], "error: 1 of 3 lines have no answer"]
+        [sys.executable, "-X", "utf8=0", "-m", "minismoe.runtime", str(folders["ort"]), "--lines",
+         "--max-tokens", "4"], input="\ufeffä\n".encode() + b"\xe4\n" + "ä\n".encode(),
+        capture_output=True, cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONCOERCECLOCALE": "0"})
+    said = in_one_line(answer_of(generator, user("ä"), 4)).encode("latin-1", "replace")
+    assert done.returncode == 1 and done.stdout == said + b"\n\n" + said + b"\n"
+    assert re.fullmatch("line 2: the line is not UTF-8 text: .*\nerror: 1 of 3 lines have no "
+                        "answer\n", done.stderr.decode())
 
 
 @posix
@@ -307,20 +293,17 @@ def test_a_long_chat_forgets_its_oldest_turns(folders, generator) -> None:
     lines = ["a" * 30, "b" * 30, "c" * 30]
     done = command(folders["ort"], "--chat", "--max-tokens", 4, input="\n".join(lines))
     assert done.returncode == 0 and "the oldest turns are forgotten" in done.stderr
-    assert done.stdout.endswith(answer(generator, user(lines[2]), 4) + "\n")
+    assert done.stdout.endswith(answer_of(generator, user(lines[2]), 4) + "\n")
 
 
 @posix
-def test_ctrl_c_while_modules_load(folders) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", "import os, runpy, signal, sys; sys.argv = ['x', 'y', 'z']\n"
-         "class Stop:\n"
-         "    def find_spec(self, name, *rest):\n"
-         "        if name == 'minismoe.runtime.folder': os.kill(os.getpid(), signal.SIGINT)\n"
-         "sys.meta_path.insert(0, Stop())\n"
-         "runpy.run_module('minismoe.runtime', run_name='__main__')"],
-        cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.communicate(timeout=30)[1] == "\ninterrupted\n" and process.returncode == 130
+def test_ctrl_c_while_modules_load() -> None:
+    done = python("-c", runtime_after(
+        "class Stop:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'minismoe.runtime.folder': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Stop())"), "y", "z")
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
 
 
 # Limits
@@ -336,10 +319,9 @@ def test_starts_fast_and_small(folders) -> None:
 def test_too_little_memory_names_the_context(model, tmp_path) -> None:
     """A cache of 8 GB, where 4 GB may be had."""
     describe(export(model, tmp_path / "f"), context=1 << 24)
-    code = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (4 << 30,) * 2); "
-            f"sys.argv = ['x', {str(tmp_path / 'f')!r}, 'hello']; "
-            "runpy.run_module('minismoe.runtime', run_name='__main__')")
-    done = python("-c", code)
+    done = python("-c", runtime_after(
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (4 << 30,) * 2)"),
+        tmp_path / "f", "hello")
     assert (done.returncode, done.stderr) == (
         1, "error: out of memory: export again, with a smaller --context\n")
 
@@ -366,13 +348,9 @@ def test_closed_streams_end_nothing(folders, closed) -> None:
 
 def test_a_prefix_from_a_file_is_a_system_prompt_or_raw_text(generator, folders, tmp_path) -> None:
     (tmp_path / "rules").write_text("be brief")
-
-    def answer(*said: tuple[str, str]) -> str:
-        prompt = generator.tokenizer.render([{"role": r, "content": c} for r, c in said], True)
-        return "".join(generator.text(generator.generate(prompt, 6))).lstrip() + "\n"
-    system = "system", "be brief"
     flags = ["--instructions", tmp_path / "rules", "--max-tokens", 6]
-    expected = answer(system, ("user", "hello"))
+    system = {"role": "system", "content": "be brief"}
+    expected = answer_of(generator, [system, *user("hello")], 6) + "\n"
     done = command(folders["ort"], "hello", *flags)
     assert (done.stdout, done.stderr) == (expected, "")
     chat = command(folders["ort"], "--chat", *flags, input="hello\n/clear\nhello\n")

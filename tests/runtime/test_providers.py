@@ -7,23 +7,19 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-import onnx
 import onnxruntime as ort
 import pytest
 import torch
 from accelerators import needs
-from exported import KINDS, command, describe, export
+from exported import KINDS, command, describe, export, export_adapters
 from tiny import BYTES, FAMILIES, random_hf
 
 from export import main
 from minismoe import generate, load_model
 from minismoe.export.check import logits, stop_rounding
-from minismoe.export.layers import AdapterLinear
-from minismoe.export.layouts import write_adapter
 from minismoe.io import process
 from minismoe.io.files import read_json
 from minismoe.method.experts import ExpertLinear, linear_layers
-from minismoe.method.freeze import Fit
 from minismoe.runtime import Generator, providers
 from minismoe.runtime import __main__ as terminal
 from minismoe.runtime.providers import CPU, Device, find_device, open_session
@@ -89,15 +85,10 @@ def test_logits_are_those_of_the_cpu(model, tmp_path, kind, precision, provider)
 
 @needs("webgpu")
 def test_adapters_are_switched(model, tmp_path) -> None:
-    name = "model.layers.0.mlp.up_proj"
-    folder = export(model, tmp_path / "f", **{name: AdapterLinear(model.get_submodule(name), {})})
-    torch.manual_seed(0)
-    write_adapter(folder / "0.onnx_adapter", {
-        name: Fit(torch.randn(4, 64) * 0.3, torch.randn(48, 4) * 0.3)})
-    describe(folder, adapters={"t": "0.onnx_adapter"})
+    export_adapters(model, tmp_path / "f", "t")
     said = []
     for provider in (None, "webgpu"):
-        generator = Generator(folder, provider, threads=1)
+        generator = Generator(tmp_path / "f", provider, threads=1)
         for task in (None, "t", None):
             generator.use(task)
             said.append(list(generator.generate(PROMPTS[0], 12)))
@@ -253,19 +244,6 @@ def test_a_broken_driver_is_one_line(folders, monkeypatch, settings, message) ->
         monkeypatch.setenv(name, value)
     run = command(folders["ort"], "hello", "--provider", "webgpu")
     assert run.returncode == 1 and re.fullmatch(f"error: .*{message}.*\n", run.stderr), run.stderr
-
-
-@needs("webgpu")
-def test_a_graph_of_which_nothing_runs_there_is_refused(tmp_path) -> None:
-    """onnxruntime would run it on the CPU in silence."""
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("Unique", ["x"], ["y"])], "g",
-        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n"])],
-        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["m"])])
-    onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=[
-        onnx.helper.make_opsetid("", 21)]), tmp_path / "model.onnx")
-    with pytest.raises(ValueError, match="webgpu takes no node of .*model.onnx"):
-        open_session(tmp_path / "model.onnx", find_device("webgpu"), 1)
 
 
 @needs("qnn")

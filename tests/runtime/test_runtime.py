@@ -15,19 +15,15 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from exported import KINDS, Watched, describe, export, random_model
+from exported import KINDS, UP, Watched, describe, export, export_adapters, random_model
 
 from minismoe import generate
-from minismoe.export.layers import AdapterLinear
-from minismoe.export.layouts import write_adapter
-from minismoe.method.freeze import Fit
 from minismoe.runtime import Generator
 from minismoe.runtime import model as opened
 from minismoe.runtime.providers import CPU, Device
 from minismoe.runtime.sampling import Sampling, penalized
 
 PROMPTS = [b"a", b"some words", b"longer: the quick brown fox jumps"]
-LORA = "model.layers.0.mlp.up_proj"
 
 
 def spoil_sampler(folder: Path, rank: int) -> None:
@@ -67,21 +63,6 @@ def test_a_cache_of_which_less_than_half_would_be_of_use_stays_for_its_own_chat(
         assert len([*answer]) == 8 and answer.cached_tokens == cached
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_at_once_are_refused(folders, kind) -> None:
-    """They would read each other's cache."""
-    generator = Generator(folders[kind], threads=1)
-    expected = [list(generator.generate(p, 6)) for p in PROMPTS[1:]]
-    first, second = (generator.generate(p, 6) for p in PROMPTS[1:])
-    started = [next(first), next(second)]
-    with pytest.raises(RuntimeError, match="another generation or adapter began, or the cache"):
-        next(first)
-    assert [started[1], *second] == expected[1]                # which the first has not disturbed
-    with pytest.raises(RuntimeError, match="another generation"):
-        list(zip(*(generator.generate(p, 6) for p in PROMPTS[1:])))
-    assert [list(generator.generate(p, 6)) for p in PROMPTS[1:]] == expected
-
-
 def test_an_error_in_a_step_empties_the_cache(generator) -> None:
     """It may have come when the step was half done."""
     expected = list(generator.generate(PROMPTS[1], 6))
@@ -92,14 +73,22 @@ def test_an_error_in_a_step_empties_the_cache(generator) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_another_adapter_or_an_emptied_cache_ends_a_generation(folders, kind) -> None:
+def test_what_takes_the_cache_ends_a_generation(folders, kind) -> None:
+    """Another generation, which the first does not disturb; an adapter; an emptied cache."""
     generator = Generator(folders[kind], threads=1)
-    for change in lambda: generator.use(None), generator.reset:
-        tokens = generator.generate(PROMPTS[1], 6)
-        next(tokens)
+    expected = [list(generator.generate(p, 6)) for p in PROMPTS[1:]]
+    second = generator.generate(PROMPTS[2], 6)
+    started = list[int]()
+    for change in (lambda: started.append(next(second)), lambda: generator.use(None),
+                   generator.reset):
+        first = generator.generate(PROMPTS[1], 6)
+        next(first)
         change()
-        with pytest.raises(RuntimeError, match="or adapter began, or the cache was emptied"):
-            next(tokens)
+        with pytest.raises(RuntimeError, match="another generation or adapter began, or the cache"):
+            next(first)
+        started.extend(second)
+    assert started == expected[1]
+    assert [list(generator.generate(p, 6)) for p in PROMPTS[1:]] == expected
 
 
 def test_a_static_past_begins_as_zeros_whatever_the_device(folders, monkeypatch) -> None:
@@ -194,24 +183,16 @@ def test_stops(model, generator, tmp_path) -> None:
     assert short == tokens[:tokens.index(stop)] and stop not in long
 
 
-def test_the_context_ends(generator) -> None:
-    generator.reset()
-    answer = generator.generate(PROMPTS[2])
-    tokens = list(answer)
-    assert len(tokens) == 96 - len(PROMPTS[2]) and answer.ended == "context"
-    assert generator.batch([PROMPTS[0], PROMPTS[2]])[1] == tokens
-    assert len(list(generator.generate(b"x" * 95))) == 1
-
-
 @pytest.mark.parametrize("kind, T", [("static", 1), ("chunks", 4), ("portable", 1), ("ort", 1)])
 def test_a_text_ends_where_the_places_of_the_past_do(model, folders, kind, T) -> None:
     """A step of a static graph takes T places, whatever it writes."""
-    generator, prompt = Generator(folders[kind], threads=1), b"x" * 41
+    generator = Generator(folders[kind], threads=1)
     generator.tokenizer.stop_ids = []
-    answer = generator.generate(prompt)
-    found = list(answer)
-    assert len(found) == (96 - 41) // T and answer.ended == "context"
-    assert found == generate(model, [prompt], len(found), ())[0]
+    for length in 41, 96 - T:
+        answer = generator.generate(prompt := b"x" * length)
+        found = list(answer)
+        assert len(found) == (96 - length) // T and answer.ended == "context"
+        assert found == generate(model, [prompt], len(found), ())[0]
 
 
 def test_a_static_past_that_is_shorter_than_the_context(model, tmp_path, monkeypatch) -> None:
@@ -388,18 +369,12 @@ def test_an_old_onnxruntime_and_another_layout_are_named(folders, tmp_path, monk
 
 def test_tasks(tmp_path) -> None:
     """Adapters beside layers with biases, which stay."""
-    model = random_model(seed=3, mlp_bias=True)
-    folder = export(model, tmp_path / "adapters", **{
-        LORA: AdapterLinear(model.get_submodule(LORA), {})})
-    pairs, changed = {}, {}
-    for task in ("one", "two"):
-        pairs[task] = Fit(torch.randn(4, 64), torch.randn(48, 4) * 0.5)
-        write_adapter(folder / f"{task}.onnx_adapter", {LORA: pairs[task]})
-    describe(folder, adapters={t: f"{t}.onnx_adapter" for t in pairs})
+    model, folder, changed = random_model(seed=3, mlp_bias=True), tmp_path / "adapters", {}
+    fits = export_adapters(model, folder, "one", "two")
     generator = Generator(folder, threads=1)
     base = generate(model, PROMPTS, 8, ())
-    linear = model.get_submodule(LORA)
-    for task, f in pairs.items():
+    linear = model.get_submodule(UP)
+    for task, f in fits.items():
         before = linear.weight.data
         linear.weight.data = before + f.lora_B @ f.lora_A
         changed[task] = generate(model, PROMPTS, 8, ())

@@ -5,9 +5,7 @@ import json
 import math
 import re
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,12 +17,19 @@ from unittest import mock
 
 import pytest
 import torch
-from exported import command, describe, export, random_model, scripted
+from exported import (
+    answer_of,
+    command,
+    describe,
+    export,
+    export_adapters,
+    random_model,
+    scripted,
+    started,
+    user,
+)
 from tiny import python
 
-from minismoe.export.layers import AdapterLinear
-from minismoe.export.layouts import write_adapter
-from minismoe.method.freeze import Fit
 from minismoe.runtime import Generator, worker
 from minismoe.runtime import __main__ as program
 from minismoe.runtime import serve as server
@@ -33,7 +38,7 @@ from minismoe.runtime.grammar import CALLS
 from minismoe.runtime.sampling import Sampling
 
 openai = pytest.importorskip("openai")
-ASK = [{"role": "user", "content": "hello"}]
+ASK = user("hello")
 LIGHT = {"type": "function", "function": {"name": "light", "parameters": {
     "type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"],
     "additionalProperties": False}}}
@@ -116,20 +121,9 @@ def text_of(client: "openai.OpenAI", *args: object, **options: object) -> str:
     return ask(client, *args, **options).choices[0].message.content
 
 
-def user(text: str) -> list[dict[str, str]]:
-    """A chat that asks a question."""
-    return [{"role": "user", "content": text}]
-
-
 def completed(client: "openai.OpenAI", prompt: str, limit: int = 2, **options: object) -> object:
     """What the server answers to a question."""
     return ask(client, limit, user(prompt), **options)
-
-
-def said(generator: Generator, limit: int = 9, messages: list = ASK, **sampling: object) -> str:
-    """The answer by the runtime itself."""
-    prompt = generator.tokenizer.render(messages, True)
-    return "".join(generator.text(generator.generate(prompt, limit, **sampling), strip=True))
 
 
 def length_of(generator: Generator, messages: list) -> int:
@@ -137,9 +131,11 @@ def length_of(generator: Generator, messages: list) -> int:
 
 
 def test_a_chat_a_stream_and_a_text(generator, client) -> None:
-    expected, length = said(generator, 20), length_of(generator, ASK)
+    expected, length = answer_of(generator, ASK, 20), length_of(generator, ASK)
     known = client.models.retrieve("tiny")
     assert (known.owned_by, known.created) == ("minismoe", 0)
+    with pytest.raises(openai.NotFoundError, match="there is no model other; there are tiny"):
+        client.models.retrieve("other")
     whole = ask(client, 20, model="tiny")
     assert 0 <= time.time() - whole.created < 60
     assert whole.choices[0].message.content == expected.strip() and whole.model == "tiny"
@@ -156,21 +152,22 @@ def test_a_chat_a_stream_and_a_text(generator, client) -> None:
 
 def test_settings_reach_the_generator(generator, client) -> None:
     """Also as clients write them: numbers as 5.0, "any" as -1, "the likeliest" as a top_p of 0."""
-    plain, hot = said(generator).strip(), {"temperature": 1.5, "top_p": 0.9, "seed": 7}
+    plain, hot = answer_of(generator, ASK).strip(), {"temperature": 1.5, "top_p": 0.9, "seed": 7}
     first, again, other = (text_of(client, 20, **hot | {"seed": seed}) for seed in (7, 7, 8))
-    assert first == again == said(generator, 20, **hot).strip() != other
-    text = said(generator, 20)
+    assert first == again == answer_of(generator, ASK, 20, **hot).strip() != other
+    text = answer_of(generator, ASK, 20)
     stopped = ask(client, 20, stop=text[4:6]).choices[0]
     assert stopped.message.content == text[:text.index(text[4:6])].strip()
     assert stopped.finish_reason == "stop"
     for extra in ({"repetition_penalty": 1.5, "min_p": 0.5, "top_k": 3},
                   {"frequency_penalty": 2.0, "presence_penalty": 1.5}):
-        assert text_of(client, 60, extra_body=extra) == said(generator, 60, **extra).strip()
+        said = answer_of(generator, ASK, 60, **extra).strip()
+        assert text_of(client, 60, extra_body=extra) == said
     assert text_of(client, 9.0, extra_body={"top_k": -1}) == plain
-    assert text_of(client, top_p=0, temperature=2) == plain
+    assert text_of(client, top_p=0, temperature=2) == text_of(client, tool_choice=None) == plain
     assert text_of(client, extra_body={"top_k": 99}, **hot) == text_of(client, **hot) != plain
     assert len({text_of(client, 20, **hot | {"seed": -1}) for _ in range(3)}) > 1
-    assert text_of(client, -1) == text_of(client, None) == said(generator, None).strip()
+    assert text_of(client, -1) == text_of(client, None) == answer_of(generator, ASK, None).strip()
     parts = [{"role": "developer", "content": [{"type": "text", "text": "be "},
                                                {"type": "text", "text": "brief"}]}, *ASK]
     brief = [{"role": "system", "content": "be brief"}, *ASK]
@@ -180,9 +177,8 @@ def test_settings_reach_the_generator(generator, client) -> None:
 def test_a_chat_is_read_from_where_it_differs_also_after_another(generator, client) -> None:
     def cached(messages: list) -> int:
         return ask(client, 1, messages).usage.prompt_tokens_details.cached_tokens
-    more = [*ASK, {"role": "assistant", "content": text_of(client)},
-            {"role": "user", "content": "and?"}]
-    title = [{"role": "user", "content": "Write a title for the chat, please."}]
+    more = [*ASK, {"role": "assistant", "content": text_of(client)}, *user("and?")]
+    title = user("Write a title for the chat, please.")
     before = length_of(generator, ASK)
     assert cached(more) >= before > cached(title)
     assert cached(more) == length_of(generator, more) - 1
@@ -212,9 +208,9 @@ def test_a_chat_begins_with_the_system_prompt_of_the_training(model, tmp_path) -
     generator, brief = Generator(tmp_path / "trained", threads=1), [
         {"role": "system", "content": "be brief"}, *ASK]
     with serving(generator) as client:
-        assert text_of(client) == said(generator, messages=brief).strip()
+        assert text_of(client) == answer_of(generator, brief).strip()
         other = [{"role": "system", "content": "talk"}, *ASK]
-        assert text_of(client, messages=other) == said(generator, messages=other).strip()
+        assert text_of(client, messages=other) == answer_of(generator, other).strip()
 
 
 @pytest.mark.parametrize("wrong, message", [
@@ -243,21 +239,12 @@ def test_wrong_questions_are_refused_in_one_line(client, wrong, message) -> None
     assert "\n" not in refused.value.body["message"]
 
 
-def test_null_is_no_choice_of_tools_and_names_may_be_quoted(client) -> None:
-    asked = json.dumps({"messages": ASK, "max_tokens": 2, "tool_choice": None}).encode()
-    assert post(client, asked)[0] == 200
-    assert post(client, b"", "/v1/models/%74iny", "GET")[1]["id"] == "tiny"
-    for path in "/v1/%6dodels", "/v1/models/", "/v1/models?limit=3":
-        assert post(client, b"", path, "GET")[1]["object"] == "list"
-    assert post(client, b"", "/v1/models/other", "GET")[0] == 404
-
-
 def test_a_prompt_beyond_the_context(client) -> None:
     """A text that is far too long is refused by its characters, before it takes memory."""
     for length, said in (2048, "2,0.. tokens"), (20_000, "20,0.. characters"):
         for stream in False, True:
             with pytest.raises(openai.BadRequestError, match=f"{said}, which leaves no room") as no:
-                ask(client, messages=[{"role": "user", "content": "x" * length}], stream=stream)
+                ask(client, messages=user("x" * length), stream=stream)
             assert no.value.code == "context_length_exceeded"
 
 
@@ -282,16 +269,11 @@ def test_what_no_request_is_to_blame_for(folder, tmp_path, capfd) -> None:
 
 def test_a_model_has_a_name_for_each_adapter(model, tmp_path) -> None:
     """A chat with one keeps its cache while another one is asked."""
-    name = "model.layers.0.mlp.up_proj"
-    folder = export(model, tmp_path / "f", **{name: AdapterLinear(model.get_submodule(name), {})})
-    for task in "one", "two":
-        write_adapter(folder / f"{task}.onnx_adapter", {
-            name: Fit(torch.randn(4, 64), torch.randn(48, 4) * 0.5)})
-    describe(folder, adapters={t: f"{t}.onnx_adapter" for t in ("one", "two")})
-    generator, answers = Generator(folder, threads=1, caches=4), {}
+    export_adapters(model, tmp_path / "f", "one", "two")
+    generator, answers = Generator(tmp_path / "f", threads=1, caches=4), {}
     for task in None, "one", "two":
         generator.use(task)
-        answers[f"f:{task}" if task else "f"] = said(generator).strip()
+        answers[f"f:{task}" if task else "f"] = answer_of(generator, ASK).strip()
     generator.reset()
     with serving(generator) as client:
         assert [m.id for m in client.models.list()] == [*answers]
@@ -316,34 +298,15 @@ def task(model, tmp_path_factory) -> Path:
                                   "talk": {"choices": [], "instruction": ""}})})
 
 
-def test_twenty_questions_of_a_task_have_the_same_answers_at_every_door(task) -> None:
-    """Behind the task's instruction: --lines, --choices, and OUT:TASK of the server."""
-    generator, questions = Generator(task, threads=1), [f"{word} {n}" for word in ("sky", "sea")
-                                                        for n in range(10)]
-    asked = [user(f"Name it.\n{text}") for text in questions]
-    texts = [said(generator, messages=chat) for chat in asked]
-    best = [generator.choose(chat, COLORS)[0].text for chat in asked]
-    assert len({*texts}) > 9 and len({*best}) > 1
-    for flags, wanted in ((("--task", "color", "--max-tokens", 9), texts),
-                          (("--choices", "color"), best)):
-        lines = command(task, "--lines", "--json", *flags, input="\n".join(questions))
-        assert [json.loads(line)["text"] for line in lines.stdout.splitlines()] == wanted
-    with serving(generator) as client:
-        for text, whole, answer in zip(questions, texts, best):
-            assert completed(client, text, 9, model="f:color").choices[0].message.content == (
-                whole.strip())
-            assert completed(client, text, model="f:color", extra_body=OWN).choices[
-                0].message.content == answer
-
-
 def test_a_task_is_a_model_with_its_instruction_and_its_answers(task) -> None:
     generator, asked = Generator(task, threads=1), user("Name it.\nhello")
     best = generator.choose(asked, COLORS, 2)
     with serving(generator) as client:
         assert [m.id for m in client.models.list()] == ["f", "f:color", "f:talk"]
         assert text_of(client, messages=asked, model="f:color") == (     # it is not put twice
-            said(generator, messages=asked).strip())
-        assert text_of(client) == text_of(client, model="f:talk") == said(generator).strip()
+            answer_of(generator, asked).strip())
+        said = answer_of(generator, ASK).strip()
+        assert text_of(client) == text_of(client, model="f:talk") == said
         found = ask(client, model="f:color", extra_body=OWN, logprobs=True, top_logprobs=2)
         assert found.choices[0].message.content == best[0].text
         assert found.choices[0].likeliest == [
@@ -361,7 +324,7 @@ def test_defaults_and_a_limit_are_those_of_the_operator(generator) -> None:
     with serving(generator, Sampling(max_tokens=7, frequency_penalty=1.0)) as client:
         for asked, given in ((None, 7), (20, 7), (-1, 7), (3, 3)):
             assert ask(client, asked).usage.completion_tokens == given
-        assert text_of(client) == said(generator, 7, frequency_penalty=1.0).strip()
+        assert text_of(client) == answer_of(generator, ASK, 7, frequency_penalty=1.0).strip()
 
 
 # Clients
@@ -374,10 +337,37 @@ def test_requests_wait_in_turn_and_none_is_lost(client) -> None:
         assert [*pool.map(asked, range(24))] == alone
 
 
+@pytest.mark.slow
+def test_two_thousand_requests_of_eight_clients_three_of_them_broken(client) -> None:
+    """None is lost, and memory does not grow."""
+    from minismoe.io.process import peak_resident
+
+    def asked(number: int) -> object:
+        prompt, kind = f"{number % 50}: ", number % 8
+        if kind == 0:                        # leaves in the middle of a stream
+            stream = completed(client, prompt, 100, stream=True)
+            next(iter(stream))
+            return stream.close()
+        if kind == 1:                        # sends half a request, and hangs up
+            with socket.create_connection(address(client)) as half:
+                return half.sendall(HEAD % 99 + GOOD)
+        if kind == 2:
+            return post(client, b'{"messages": 7')[0]
+        if kind == 3:
+            return "".join(part.choices[0].delta.content for part in completed(
+                client, prompt, 4, stream=True))
+        return completed(client, prompt, 4).choices[0].message.content
+    with ThreadPoolExecutor(8) as pool:
+        first = [*pool.map(asked, range(1000))]
+        before = peak_resident()
+        second = [*pool.map(asked, range(1000))]
+    assert peak_resident() - before < 8 << 20, (before, peak_resident())
+    assert first == second
+
+
 def sent(client: "openai.OpenAI", prompt: str, **options: object) -> socket.socket:
     """The connection of a client that has asked for a long answer, and reads nothing."""
-    body = json.dumps({"messages": [{"role": "user", "content": prompt}], "max_tokens": 100_000,
-                       **options}).encode()
+    body = json.dumps({"messages": user(prompt), "max_tokens": 100_000, **options}).encode()
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.connect(address(client))
@@ -643,24 +633,9 @@ def test_a_missing_library_is_named_with_its_command(folder, monkeypatch) -> Non
 
 # The command line
 
-@contextmanager
-def started(folder: Path, *flags: str) -> Iterator[tuple[str, int, list[str]]]:
-    """A server in a process of its own: its first line, its port and, at the end, its log."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "minismoe.runtime", str(folder), "--serve", *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    line, log = process.stdout.readline(), list[str]()
-    try:
-        yield line, int(re.search(r":(\d+)/", line)[1]), log
-    finally:
-        process.send_signal(signal.SIGINT)
-        log += process.communicate(timeout=30)[1].splitlines()
-    assert process.returncode == 130 and [log.pop(), log.pop()] == ["interrupted", ""]
-
-
 def test_a_folder_is_served_with_a_key_to_other_machines(folder, signals) -> None:
-    with started(folder, "0", "--host", "0.0.0.0", "--api-key", "secret") as (line, port, log):
-        assert re.match(r"http://0\.0\.0\.0:\d+/v1 answers", line)
+    with started(folder, "0", "--host", "0.0.0.0", "--api-key", "secret") as (line, log):
+        port = int(re.match(r"http://0\.0\.0\.0:(\d+)/v1 answers", line)[1])
         for key, status in (("Bearer secret", 200), ("bearer secret", 200), ("Bearer wrong", 401),
                             ("secret", 401), ("", 401)):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -678,7 +653,8 @@ def test_a_folder_is_served_with_a_key_to_other_machines(folder, signals) -> Non
 
 def test_the_port_is_the_same_unless_it_is_taken(folder, signals) -> None:
     """It is the first that is free from PORT on."""
-    with started(folder) as (_, first, _), started(folder) as (_, second, _):
+    with started(folder) as one, started(folder) as other:
+        first, second = (int(re.search(r":(\d+)/", line)[1]) for line, _ in (one, other))
         assert program.PORT <= first < second < program.PORT + program.PORTS
         taken = python("-m", "minismoe.runtime", folder, "--serve", first)
         assert taken.returncode == 1 and re.fullmatch(
