@@ -244,10 +244,12 @@ def test_calls_are_held_to_the_offered_functions(form, tags) -> None:
     assert not accepts(tokenizer, free, f"Sure. {call.replace('wait', 'open')}")
     one, two = (call, f"{call}\n{call}") if form == "marked" else (
         call.split(", {")[0] + "]", call)
+    three = f"{two}\n{call}" if form == "marked" else two[:-1] + two[two.index(", {"):]
     for must in False, True:
         single, double = (call_grammar(tokenizer, TOOLS, must, most) for most in (1, 2))
         assert accepts(tokenizer, single, one) and not accepts(tokenizer, single, two)
         assert accepts(tokenizer, double, one) and accepts(tokenizer, double, two)
+        assert accepts(tokenizer, double, three) == (form == "marked" and not must)
 
 
 def test_a_template_that_writes_no_json_holds_no_calls(tmp_path) -> None:

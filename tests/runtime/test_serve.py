@@ -637,7 +637,7 @@ def test_a_folder_is_served_with_a_key_to_other_machines(folder, signals) -> Non
     with started(folder, "0", "--host", "0.0.0.0", "--api-key", "secret") as (line, log):
         port = int(re.match(r"http://0\.0\.0\.0:(\d+)/v1 answers", line)[1])
         for key, status in (("Bearer secret", 200), ("bearer secret", 200), ("Bearer wrong", 401),
-                            ("secret", 401), ("", 401)):
+                            ("Basic secret", 401), ("secret", 401), ("", 401)):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
             connection.request("GET", "/v1/models", headers={
                 "Host": "laptop.local", "Authorization": key})
