@@ -1,8 +1,8 @@
 """Drafts: guesses of the next tokens, which one step reads together with the last token.
 
-The model keeps those that it would have written itself, so the text does not change. A draft
-repeats what followed the same tokens earlier in the prompt or the answer or, by a table that
-export.py made, what most often followed them in the answers of the training lines.
+The model keeps those that it would have written itself: in float32 no text changes, in few bits a
+close call may. A draft repeats what followed the same tokens earlier in the prompt or the answer
+or, by a table that export.py made, what mostly followed them in the answers of the training lines.
 """
 
 import json
