@@ -18,7 +18,7 @@ from ..method.loss import IGNORE
 PASSES, LEAST_PASSES, OPEN_PASSES = 120, 3, 2         # see `plan_tasks`
 ENOUGH = 50                       # validation lines of a task that can tell steps apart
 MOST_PROMPT, PROMPT_SHARE = 0.2, 3.0         # see `prompt_weight`
-MOST_SMOOTHING, SMOOTHED = 0.1, 0.5          # see `smoothing`
+MOST_SMOOTHING, SMOOTHED = 0.1, 1.0          # see `smoothing`
 CLOSED, OPEN = 0.3, 0.45          # see `openness`
 KNOWN = 16                        # tokens; see `openness`
 

@@ -104,7 +104,7 @@ def test_training_equals_a_plain_loop(tmp_path, monkeypatch, weight: float, smoo
                 asked = F.cross_entropy(logits[i][0], ids[i, 1])     # position 1 is a user's
                 total = total + share * (weight * asked + F.cross_entropy(
                     logits[i][row], labels[i, 1:][row], reduction="sum",
-                    label_smoothing=min(smoothing, 0.5 / int(row.sum()))))
+                    label_smoothing=min(smoothing, 1.0 / int(row.sum()))))
             every = [reference.balance_loss(m.router_logits, m.top_k)
                      for m in expert_layers(plain).values()]
             balance = torch.stack(every).mean() * mask.sum() / tokens
@@ -139,7 +139,7 @@ def test_the_defaults_of_training_are_these() -> None:
     assert (cfg.batch_size, cfg.max_grad_norm, cfg.router_aux_loss_coef, cfg.prompt_loss) == (
         8, 1.0, 0.01, 0.2)
     assert (plan.PASSES, plan.LEAST_PASSES, plan.OPEN_PASSES, plan.ENOUGH) == (120, 3, 2, 50)
-    assert (plan.MOST_SMOOTHING, plan.SMOOTHED, plan.PROMPT_SHARE) == (0.1, 0.5, 3.0)
+    assert (plan.MOST_SMOOTHING, plan.SMOOTHED, plan.PROMPT_SHARE) == (0.1, 1.0, 3.0)
 
 
 def test_another_thread_can_train(tmp_path) -> None:
