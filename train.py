@@ -4,11 +4,11 @@
     python train.py                                        the built-in toy and its tasks
     python train.py --model FOLDER --data FOLDER --out RUN
 
-Probes each weight matrix, gives it experts, evaluates, trains, and evaluates again. RUN then holds
-config.json, sensitivity.json, allocation.json, before.json and after.json (each answer 1 or 0, and
-the wrong ones in words), metrics.jsonl and loss.svg, results.json, adapter/ and
-checkpoint.safetensors. If a run stops after the probe, --resume completes it, and its files equal
-those of an undisturbed run, except for times.
+Probes each weight matrix if there are several tasks, gives it experts, evaluates, trains, and
+evaluates again. RUN then holds config.json, sensitivity.json, allocation.json, before.json and
+after.json (each answer 1 or 0, and the wrong ones in words), metrics.jsonl and loss.svg,
+results.json, adapter/ and checkpoint.safetensors. If a run stops after the probe, --resume
+completes it, and its files equal those of an undisturbed run, except for times.
 """
 
 if __name__ == "__main__":

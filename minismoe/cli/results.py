@@ -37,7 +37,8 @@ def read_after(run: Path, inputs: Inputs) -> dict[str, list[int]]:
 
 def results_json(before: Mapping[str, Judgement], after: Mapping[str, Judgement],
                  facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of results.json. `facts` are trainable_parameters, experts and seconds."""
+    """The content of results.json. `facts` are trainable_parameters, experts,
+    seconds and kept."""
     tasks: dict[str, dict[str, Any]] = {name: {} for name in after}
     for name, trained in after.items():
         base, task = before[name], tasks[name]

@@ -89,7 +89,7 @@ def scan(data: Path, columns: Columns = ()) -> tuple[dict[str, Path], list[Path]
 def holds_no_lines(file: Path, columns: Columns) -> str:
     """Why a file is none of task lines, good or bad; "" if it is one, as each .jsonl is. Many a
     .json or .csv is not."""
-    if ".jsonl" in file.name.lower():
+    if file.suffix.lower() == ".jsonl":
         return ""
     with suppress(ValueError, RecursionError):
         first = json.loads(next(filter(bytes.strip, raw_lines(file, columns)), b""))

@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, ValueInfoProto
 
 from ..runtime import Generator
-from ..runtime.drafts import DRAFTED
+from ..runtime.drafts import DRAFTED, SHORT
 from ..runtime.folder import trained_system
 from ..runtime.npu import EXACT
 from .nodes import all_nodes
@@ -25,7 +25,8 @@ QUESTION, TOKENS, LOGITS = "What is the capital of France?", 16, 8
 BYTES = {"float": 4, "float16": 2}
 DIMENSIONS = {
     "sequence_length": "new tokens of this run",
-    "last_tokens": f"the last {1 + DRAFTED} of the new tokens, or all if they are fewer",
+    "last_tokens": f"the last {1 + DRAFTED} of up to {SHORT} new tokens, or all if they are fewer; "
+                   "of more, the last",
     "past_sequence_length": "tokens of the past, 0 at first",
     "total_sequence_length": "past and new tokens"}
 MASK = "1 for each past and new token, 0 for the padding of a graph of fixed sizes"

@@ -4,12 +4,11 @@ Two targets. `ort` uses onnxruntime's own operators, which attend, normalise and
 blocks in one node each. `portable` uses the operators of opset 21 only. A graph reads one prompt. A
 node is named after its module, `/model/layers.0/mlp/Mul`, and a weight as in the checkpoint.
 
-float16 graphs compute norms, routers and adapters in float32 (lora_B beside 4 bits in float16).
-CPUs have few float16 kernels: onnxruntime inserts casts for the others, so that the graph runs on a
-CPU as well as on a GPU.
+float16 graphs compute norms, routers and adapters in float32. CPUs have few float16 kernels:
+onnxruntime inserts casts for the others, so that such a graph runs on a CPU and on a GPU.
 
 Letters: T new tokens, P past tokens, S = P + T, D hidden, H query heads, K key/value
-heads, C head size, L taps of a convolution, I its channels, V vocabulary, N = min(T, form.last).
+heads, C head size, L taps of a convolution, I its channels, V vocabulary, N tokens with logits.
 """
 
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ..model.decoder import CausalLM
 from ..model.delta import EPS as DELTA_EPS
+from ..runtime.drafts import SHORT
 from .layers import matrix
 from .mixture import LinearLayers
 from .nodes import Graph
@@ -244,11 +244,15 @@ class DecoderBuilder:
             self.node("Cast", f"{name}.wide", y, to=TensorProto.FLOAT, named=["logits"])
 
     def last(self, x: str) -> str:
-        """(1, T, D) -> (N, D): the last token or, for drafts, the last tokens."""
+        """(1, T, D) -> (N, D): the last token or, for drafts, the last tokens of a short step. A
+        longer one reads a prompt, of which the last token counts, and the head may be large."""
         name = "lm_head.last"
         if self.rows == 1:
             return self.node("Gather", name, x, -1, axis=1)
-        few = self.node("Slice", name, x, [-self.rows], [END], [1])
+        tokens = self.node("Shape", name, "input_ids", start=1)
+        short = self.node("LessOrEqual", name, tokens, [SHORT])
+        first = self.node("Where", name, short, [-self.rows], [-1])
+        few = self.node("Slice", name, x, first, [END], [1])
         return self.node("Squeeze", name, few, [0])
 
     def build(self) -> None:

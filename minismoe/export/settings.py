@@ -33,8 +33,8 @@ class ExportConfig:
     prompts: str | None = flag(
         None, "calibrate on these prompts, one a line, and not on the run's data", text,
         metavar="FILE")
-    limit_test: int | None = flag(None, "test lines a task (default: 100, and the others of the "
-                                  "run if they may show a loss)", positive, metavar="N")
+    limit_test: int | None = flag(None, "test lines a task (default: 300, and 8 of free text)",
+                                  positive, metavar="N")
     device: str = flag("auto", "for freezing: cpu, cuda, mps, or auto (default)")
     dtype: str = flag("auto", "for freezing and calibrating. auto (default): that of the run's "
                       "training, or float32 for a base", choices=("auto", "float32", "bfloat16"))

@@ -1,8 +1,8 @@
 """Cross-entropy of the supervised tokens, without the full logits tensor.
 
-A vocabulary of 50,000 makes logits the largest tensor of a training step, and most tokens are
-prompt, which has no loss. So the head runs on supervised positions only, a chunk at a time, and a
-chunk keeps the gradient of its hidden states in place of its logits.
+A vocabulary of 50,000 makes logits the largest tensor of a training step, and many tokens have no
+loss. So the head runs on supervised positions only, a chunk at a time, and a chunk keeps the
+gradient of its hidden states in place of its logits.
 """
 
 from typing import Any

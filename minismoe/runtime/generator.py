@@ -31,7 +31,7 @@ import onnxruntime as ort
 
 from ..data.tools import Function, Message, with_tools
 from .choices import Answer, Tokens, answer_tokens, likeliest
-from .drafts import drafted
+from .drafts import SHORT, drafted
 from .folder import FLOAT, INT64
 from .grammar import CALLS, allowed, call_grammar, follow, grammar_tokens, new_matcher
 from .model import CachedModel, go_on
@@ -134,8 +134,9 @@ class Generator(CachedModel):
             drafts = drafts[right:]
             if steps and right < len(new):
                 self.cut(len(prompt) + len(text) - len(new) + right)
-                drafts = self._drafts(prompt, text, steps - 1, matcher)
-                logits = self.read(new[right:] + drafts, check)
+                rest = new[right:]
+                drafts = self._drafts(prompt, text, min(steps - 1, SHORT - len(rest)), matcher)
+                logits = self.read(rest + drafts, check)
                 answer.steps += 1
         answer.ended = ended
 
@@ -143,7 +144,7 @@ class Generator(CachedModel):
                 ) -> list[int]:
         """Up to `most` tokens that may follow a prompt and the text of its answer, and that the
         matcher, if there is one, permits; none that ends the answer."""
-        drafts = drafted(prompt, text, self.drafts)[:most] if self.drafts else []
+        drafts = drafted(prompt, text, self.drafts)[:most] if self.drafts and most > 0 else []
         drafts = [*takewhile(lambda token: token not in self.tokenizer.stop_ids, drafts)]
         return drafts[:matcher.validate_tokens(drafts)] if matcher and drafts else drafts
 

@@ -62,7 +62,7 @@ enum { GPT2 = 1, LLAMA3 = 2 };               /* head->words; 0: a text is one wo
 enum { SHARED = 1, CHARACTERS = 2, WHOLE_WORDS = 4, NORMAL_FORM = 8, DIGITS = 16, MARKS = 32,
        STRIP = 64 };                         /* bits of head->flags */
 enum { LETTER = 1, NUMBER = 2, SPACE = 4, MARK = 8, DIGIT = 16, BLANK = 32 };      /* of a kind */
-enum { CHUNK = 512, DRAFTED = 2 };           /* tokens of one step, and guessed by it, at most */
+enum { CHUNK = 512, DRAFTED = 2, SHORT = 8 };  /* tokens of a step; guessed; of one with 3 scores */
 enum { WINDOW = 1024, REPEATED = 8, SUFFIX = 4 };        /* tokens in which a guess is looked up */
 typedef uint32_t u32; typedef union { struct { u32 second, first, a, b; }; uint64_t key; } Row;
 typedef struct { OrtValue **past; size_t length; } Cache;    /* keys, values and states of tokens */
@@ -479,7 +479,8 @@ static Cache read_tokens(Answer *a, Cache from, const u32 *ids, size_t n) {
     }
     for (size_t i = first; i < inputs; i++)
         a->in[i] = from.past[i], a->out[i] = i < a->grows ? from.past[i] : NULL;
-    a->rows = n < a->most_rows ? n : a->most_rows, a->out[first - 1] = a->logits[a->rows - 1];
+    a->rows = n > SHORT ? 1 : n < a->most_rows ? n : a->most_rows;
+    a->out[first - 1] = a->logits[a->rows - 1];
     call(a, a->ort->Run(a->session, NULL, (const char **)a->input, a->in, inputs,
                         (const char **)a->output + first - 1, inputs - first + 1,
                         a->out + first - 1));
@@ -731,8 +732,7 @@ int main(int argc, char **argv) {
     for (u32 i = 0; i < a->count[TASKS]; i++) instructed |= *a->tasks[i].instruction;
     if (!task && instructed && a->count[TASKS] > 1)
         fprintf(stderr, "[asked without an instruction: name the task by --task: %s]\n", a->names);
-    bool lines = !text;
-    r.trim = lines;
+    bool lines = (r.trim = !text);
     while (!checks) {
         ssize_t n = lines ? getline(&text, &size, stdin) : (ssize_t)strlen(text);
         if (n < 0) break;
