@@ -108,8 +108,7 @@ def train_and_evaluate(run: Path, config: RunConfig, inputs: Inputs, allocation:
     print(f"{allocation}, {trainable:,} trainable parameters, {trainable / base:.1%} of the "
           "base's")
     if 1 < max(allocation.experts.values()) <= allocation.top_k:
-        print(f"no matrix has more than {allocation.top_k} experts, and {allocation.top_k} are "
-              "active for each token: so all always are, and routers need no balance loss")
+        print(f"no matrix has more than {allocation.top_k} experts: all are active for each token")
 
     # Evaluate the base. B starts at 0, so that the experts change no answer yet.
     before = None
@@ -127,8 +126,7 @@ def train_and_evaluate(run: Path, config: RunConfig, inputs: Inputs, allocation:
         results.draw_losses(run, summary["kept"])
         print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s; "
               f"{summary['choice']}")
-    names = [task.name for task in inputs.tasks]
-    save_adapter(inputs.model, run / "adapter", allocation, names)
+    save_adapter(inputs.model, run / "adapter", allocation, [task.name for task in inputs.tasks])
 
     # Evaluate again, and save what came out.
     after = before if before and not summary["step"] else score(inputs, "after", config, plans)
@@ -140,8 +138,7 @@ def train_and_evaluate(run: Path, config: RunConfig, inputs: Inputs, allocation:
 
 def what_next(run: Path, config: RunConfig, inputs: Inputs, plans: Mapping[str, TaskPlan],
               after: Mapping[str, Judgement]) -> tuple[dict[str, float], dict[str, str]]:
-    """By task, the loss of its training lines in the last fifth of the steps, and what to try next.
-    """
+    """By task, the loss of training lines in the last fifth of the steps, and what to try next."""
     metrics, usual = read_metrics(run / "metrics.jsonl")[1], default_lr(inputs.model)
     losses = {name: fifths(name, metrics) for name in plans if any(name in m for m in metrics)}
     default = plan_tasks([*chain(*inputs.encoded.values())], (), replace(config, epochs=None))

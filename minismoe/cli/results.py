@@ -37,8 +37,7 @@ def read_after(run: Path, inputs: Inputs) -> dict[str, list[int]]:
 
 def results_json(before: Mapping[str, Judgement], after: Mapping[str, Judgement],
                  facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of results.json. `facts` are trainable_parameters, experts,
-    seconds and kept."""
+    """The content of results.json. `facts`: trainable_parameters, experts, seconds, kept."""
     tasks: dict[str, dict[str, Any]] = {name: {} for name in after}
     for name, trained in after.items():
         base, task = before[name], tasks[name]
@@ -72,15 +71,13 @@ def save_results(run: Path, before: Mapping[str, Judgement], after: Mapping[str,
     files.write_json(run / "results.json", results)
     print(results_table(results, train_loss))
     for name, hint in to_try.items():
-        if hint:
-            print(f"{clean(name)}: try {hint}" if hint[0] in "-a" else f"{clean(name)}: {hint}")
+        print(f"{clean(name)}: {hint}\n" if hint else "", end="")
     for name, content in answers.items():
         for sample in content["samples"]:
             print(f"{clean(name)}: " + "\n  ".join(
                 f"{kind + ':':9} {clip(clean(' '.join(sample[kind].split())), 100)}"
                 for kind in sample))
-    others = ", and which others are wrong" if results["mean"] else ""
-    print(f"after.json holds these answers{others}")
+    print("after.json holds these answers" + ", and which others are wrong" * bool(results["mean"]))
 
 
 def results_table(results: Mapping[str, Any], train_loss: Mapping[str, float]) -> str:

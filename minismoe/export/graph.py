@@ -249,8 +249,8 @@ class DecoderBuilder:
         name = "lm_head.last"
         if self.rows == 1:
             return self.node("Gather", name, x, -1, axis=1)
-        tokens = self.node("Shape", name, "input_ids", start=1)
-        short = self.node("LessOrEqual", name, tokens, [SHORT])
+        length = self.node("Shape", name, "input_ids", start=1)
+        short = self.node("LessOrEqual", name, length, [SHORT])
         first = self.node("Where", name, short, [-self.rows], [-1])
         few = self.node("Slice", name, x, first, [END], [1])
         return self.node("Squeeze", name, few, [0])

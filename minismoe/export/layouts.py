@@ -85,9 +85,8 @@ def write_weights(layout: str, base: Path, name: str, fits: Fits, folder: Path) 
     if layout == "peft":
         # How transformers names the text part of a model of text and images.
         root = "model." if text_part(whole) == whole else "model.language_model."
-        hub = "/" in name and not Path(name).is_dir()
         write_peft(folder, {n.replace("model.", root, 1): f for n, f in fits.items()},
-                   name if hub else base.resolve().name)
+                   name if "/" in name and not Path(name).is_dir() else base.resolve().name)
         return
     write_hf(folder, base, fits)
     if fits:

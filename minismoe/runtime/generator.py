@@ -134,14 +134,13 @@ class Generator(CachedModel):
             drafts = drafts[right:]
             if steps and right < len(new):
                 self.cut(len(prompt) + len(text) - len(new) + right)
-                rest = new[right:]
-                drafts = self._drafts(prompt, text, min(steps - 1, SHORT - len(rest)), matcher)
-                logits = self.read(rest + drafts, check)
+                most = min(steps - 1, SHORT - len(new) + right)
+                drafts = self._drafts(prompt, text, most, matcher)
+                logits = self.read(new[right:] + drafts, check)
                 answer.steps += 1
         answer.ended = ended
 
-    def _drafts(self, prompt: Sequence[int], text: Sequence[int], most: int, matcher: Any,
-                ) -> list[int]:
+    def _drafts(self, prompt: list[int], text: list[int], most: int, matcher: Any) -> list[int]:
         """Up to `most` tokens that may follow a prompt and the text of its answer, and that the
         matcher, if there is one, permits; none that ends the answer."""
         drafts = drafted(prompt, text, self.drafts)[:most] if self.drafts and most > 0 else []

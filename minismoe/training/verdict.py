@@ -69,14 +69,14 @@ def advice(examples: Sequence[Example], plan: TaskPlan, default: TaskPlan, losse
         return ("its lines are known by heart: more lines would help"
                 if unseen is not None and unseen > max(2 * last, last + LEARNT) else "")
     if not usual_lr / 1.5 < lr < 1.5 * usual_lr:
-        return f"--lr {usual_lr:.1e}, the default for this base"
+        return f"try --lr {usual_lr:.1e}, the default for this base"
     if last > 1.5 * least + 0.1:
-        return f"a lower rate, --lr {usual_lr / 4:.1e}: the training loss rose from {least:.3f}"
+        return f"try a lower rate, --lr {usual_lr / 4:.1e}: the training loss rose from {least:.3f}"
     if plan.passes < default.passes:
-        return f"--epochs {default.passes}, the default for so many lines"
+        return f"try --epochs {default.passes}, the default for so many lines"
     if last > 0.9 * guess:
-        return (f"--lr {usual_lr / 4:.1e}, and a look at lines with --show 3: guessing by how "
+        return (f"try --lr {usual_lr / 4:.1e}, and a look at lines with --show 3: guessing by how "
                 f"often each answer occurs has a loss of {guess:.3f}")
     if plan.judged == "answers" and last < 0.8 * late:
-        return f"--epochs {2 * plan.passes}: the training loss still fell"
+        return f"try --epochs {2 * plan.passes}: the training loss still fell"
     return ""

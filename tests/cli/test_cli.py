@@ -88,7 +88,7 @@ def test_train_end_to_end(inputs, tmp_path, succeed, fails) -> None:
         assert len(after[name]["wrong"]) == after[name]["right"].count(0)
         assert all(w.keys() == {"prompt", "expected", "given"} for w in after[name]["wrong"])
     assert str(out_dir) in out
-    assert out.count("no matrix has more than 2 experts, and 2 are active for each token") == 1
+    assert out.count("no matrix has more than 2 experts: all are active for each token") == 1
 
     assert out.endswith(f"Next:\n  python export.py {out_dir}\n")
 
