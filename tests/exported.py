@@ -31,6 +31,7 @@ from minismoe.io.files import read_json
 from minismoe.method.freeze import Fit
 from minismoe.model.decoder import CausalLM, Config
 from minismoe.runtime import Generator
+from minismoe.runtime.drafts import DRAFTED
 
 CONFIG = BYTES | {"hidden_size": 64, "max_position_embeddings": 96}
 UP = "model.layers.0.mlp.up_proj"
@@ -90,7 +91,7 @@ def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
     tokens are bytes."""
     target, static = KINDS[kind]
     c, form = model.config, GraphFormat(target, precision, context, static=static,
-                                        last=3 if kind == "ort" else 1)
+                                        last=1 + DRAFTED if kind == "ort" else 1)
     folder.mkdir()
     graph.write_decoder(folder / "model.onnx", stored(model, form, beside), form)
     steps.write_sampler(folder / "sampler.onnx", c.vocab_size)

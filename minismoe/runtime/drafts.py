@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..io.files import read_json, replacing
 
-DRAFTS, FORMAT = "drafts.json", "minismoe.drafts/1"
-DRAFTED = 2                      # tokens a step at most: a step of 4 tokens is dear
+DRAFTS, FORMAT = "drafts.json", "minismoe.drafts/2"
+DRAFTED = 3                      # tokens a step at most: kernels mostly compute rows in pairs
 SHORT = 8                        # tokens of a step at most that gives more than the last logits
 LONGEST, WINDOW = 8, 1024        # tokens of a suffix that is searched, and among how many
 SUFFIX = 4                       # tokens of a suffix in the table, at most

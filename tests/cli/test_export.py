@@ -191,7 +191,7 @@ def test_drafts_ship_if_they_save_steps(run: Path, tmp_path: Path, pays: bool, m
     assert bool(generator.drafts) == pays
     if pays:
         said = info["contract"]["drafts"]
-        assert (said["file"], said["tokens"]) == ("drafts.json", 2)
+        assert (said["file"], said["tokens"]) == ("drafts.json", 3)
         assert 0 < said["steps"] < said["steps_without"]
         drafted = [*generator.generate(PROMPT, 20)]
         generator.drafts = {}

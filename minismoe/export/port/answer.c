@@ -62,7 +62,7 @@ enum { GPT2 = 1, LLAMA3 = 2 };               /* head->words; 0: a text is one wo
 enum { SHARED = 1, CHARACTERS = 2, WHOLE_WORDS = 4, NORMAL_FORM = 8, DIGITS = 16, MARKS = 32,
        STRIP = 64 };                         /* bits of head->flags */
 enum { LETTER = 1, NUMBER = 2, SPACE = 4, MARK = 8, DIGIT = 16, BLANK = 32 };      /* of a kind */
-enum { CHUNK = 512, DRAFTED = 2, SHORT = 8 };  /* tokens of a step; guessed; of one with 3 scores */
+enum { CHUNK = 512, DRAFTED = 3, SHORT = 8 };  /* tokens of a step; guessed; of one with 4 scores */
 enum { WINDOW = 1024, REPEATED = 8, SUFFIX = 4 };        /* tokens in which a guess is looked up */
 typedef uint32_t u32; typedef union { struct { u32 second, first, a, b; }; uint64_t key; } Row;
 typedef struct { OrtValue **past; size_t length; } Cache;    /* keys, values and states of tokens */
@@ -85,7 +85,7 @@ struct Answer {
     OrtMemoryInfo *memory; OrtAllocator *allocator; OrtTypeInfo *info;
     size_t first, grows, inputs;             /* the first past, one that grows; all */
     char **input, **output;                  /* "input_ids", ..., pasts; "logits", presents */
-    const OrtValue **in; OrtValue **out, *logits[1 + DRAFTED];       /* logits of 1, 2, 3 tokens */
+    const OrtValue **in; OrtValue **out, *logits[1 + DRAFTED];       /* of 1 to 4 tokens */
     Cache empty; u32 *held; size_t holds;    /* no tokens; those in the buffers */
     int64_t *new_ids, *ones, *positions;     /* of CHUNK tokens; of the context */
     float *scores; size_t rows, most_rows;   /* (rows, vocab): of each token that may come next */
