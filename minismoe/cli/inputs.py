@@ -124,7 +124,10 @@ def load_inputs(config: InputConfig, quiet: bool = False) -> Inputs:
                    for split in ("valid", "test"))
     model = load_base(config, folder)
     if not quiet:
-        print_model(model, config)
+        size = sum(p.numel() for p in meta_model(model.config).parameters())
+        bits = f", linear layers in {model.base_bits} bits" if model.base_bits else ""
+        print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {config.device}, "
+              f"{config.dtype}{bits}")
         print_data(tokenizer, tasks, train, valid, test)
     return Inputs(folder, model, tokenizer, tasks, train, valid, test,
                   asked["test" if config.limit_test != 0 else "valid"])
@@ -198,13 +201,6 @@ def load_base(config: InputConfig, folder: Path) -> CausalLM:
     model = load_model(folder, getattr(torch, config.dtype, None), config.device, config.base_bits)
     model.name = config.model or "the built-in toy"
     return model
-
-
-def print_model(model: CausalLM, config: InputConfig) -> None:
-    size = sum(p.numel() for p in meta_model(model.config).parameters())
-    bits = f", linear layers in {model.base_bits} bits" if model.base_bits else ""
-    print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {config.device}, "
-          f"{config.dtype}{bits}")
 
 
 def print_data(tokenizer: Tokenizer, tasks: Sequence[Task],

@@ -88,7 +88,7 @@ def check(part: Part, source: Source, folder: Path, reference_fp32: CausalLM) ->
     if config.form.last > 1:
         generator.drafts = make_drafts(training_answers(source))
     rights = check_answers(part, source, config.precision, right, reference_fp32)
-    if steps["steps"] < PAYS * steps["steps_without"]:
+    if generator.drafts and steps["steps"] < PAYS * steps["steps_without"]:
         write_drafts(folder, generator.drafts)
         figures[None]["drafts"] = dict(steps)
     for adapter, seen in figures.items():

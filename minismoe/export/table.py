@@ -142,7 +142,7 @@ def write_port(folder: Path, info: Mapping[str, Any], tokenizer: Tokenizer) -> N
         names = {t: i for t, i in (vocab | {" ": vocab["▁"]}).items() if len(t) == 1}
     named, tasks, choices = task_tables(folder, tokenizer, size + 1)
     texts = [*(written.get(i, b"") for i in range(size)), *map(str.encode, [QUESTION, *named])]
-    drafts = {"".join(map(chr, ids[::-1])): token for ids, token in read_drafts(folder).items()}
+    drafts = {"".join(map(chr, ids[::-1])): t for ids, t in (read_drafts(folder) or {}).items()}
     cut = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len)[::-1])) + ")")
     tables: list[Any] = [
         b"".join(texts), [0, *accumulate(map(len, texts))], [vocab.get(t, NONE) for t in byte],

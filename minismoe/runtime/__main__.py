@@ -74,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         "if the folder has them (default: the folder's only task)")
     add("--stop", type=text, action="append", default=[], metavar="TEXT", help="end the answer "
         "before this text; may be given again")
-    add("--no-drafts", action="store_true", help="one step for each token: drafts.json saves "
-        "steps, and can change a close call of a model in few bits")
+    add("--no-drafts", action="store_true", help="one step for each token, to compare: "
+        "drafts.json saves steps, and changes no text")
     add("--provider", help="cpu (default), cuda, webgpu, tensorrt, mlx, openvino[:GPU|NPU|CPU] or, "
         "for target npu, qnn[:SOC]; NAME:N is device N; auto: the best of those export.py checked")
     add("--threads", type=positive, metavar="N", help="default: the CPU's physical cores")

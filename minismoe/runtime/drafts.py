@@ -1,8 +1,8 @@
 """Drafts: guesses of the next tokens, which one step reads together with the last token.
 
-The model keeps those that it would have written itself: in float32 no text changes, in few bits a
-close call may. A draft repeats what followed the same tokens earlier in the prompt or the answer
-or, by a table that export.py made, what mostly followed them in the answers of the training lines.
+The model keeps those that it would have written itself, so that no text changes. A draft repeats
+what followed the same tokens earlier in the prompt or the answer or, by a table that export.py
+made, what mostly followed them in the answers of the training lines.
 """
 
 import json
@@ -55,11 +55,11 @@ def write_drafts(folder: Path, table: Drafts) -> None:
         tmp.write_text(json.dumps({"format": FORMAT, "next": entries}) + "\n", encoding="utf-8")
 
 
-def read_drafts(folder: Path) -> Drafts:
-    """The table of a folder, or {} if it has none; ValueError if the file is broken."""
+def read_drafts(folder: Path) -> Drafts | None:
+    """The table of a folder, if it has one; ValueError if the file is broken."""
     file = folder / DRAFTS
     if not file.is_file():
-        return {}
+        return None
     content = read_json(file)
     entries = content.get("next")
     if content.get("format") != FORMAT or not isinstance(entries, list) or not all(

@@ -136,6 +136,9 @@ class Generator(CachedModel):
                 self.cut(len(prompt) + len(text) - len(new) + right)
                 most = min(steps - 1, SHORT - len(new) + right)
                 drafts = self._drafts(prompt, text, most, matcher)
+                # Kernels round a step of one token otherwise: a text would depend on its drafts.
+                if self.drafts is not None and len(new) - right == 1:
+                    drafts = drafts or [token]
                 logits = self.read(new[right:] + drafts, check)
                 answer.steps += 1
         answer.ended = ended

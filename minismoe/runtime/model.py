@@ -51,7 +51,7 @@ class CachedModel:
         self._sampler = open_session(self.folder / "sampler.onnx", Device(), 1)
         shape = self._sampler.get_outputs()[-1].shape        # of the log-probabilities
         self.candidates: int = shape[1] if len(shape) == 2 else 0            # tokens to draw from
-        self.drafts = read_drafts(self.folder)
+        self.drafts = read_drafts(self.folder)       # {}: none, and the same text as with a table
         self._check_graphs()
         self.tokenizer = load_tokenizer(self.folder)
         give_back_memory()
@@ -93,7 +93,7 @@ class CachedModel:
                 or ("position_ids" in {i.name for i in inputs}) == (info["target"] == "ort")
                 or not (isinstance(self.candidates, int) and self.candidates)
                 or len(self._sampler.get_outputs()) != 3
-                or (self.drafts and rows == 1)):         # drafts need logits of several tokens
+                or (rows == 1 and self.drafts is not None)):     # which need logits of several
             raise ValueError(f"{self.folder / 'export.json'} is not of this model.onnx, "
                              "sampler.onnx or drafts.json: export again")
 
@@ -146,8 +146,8 @@ class CachedModel:
                 ) -> tuple[ort.OrtValue, int]:
         """Read a prompt, from the first token that differs from what a cache holds; returns its
         last logits (1, N, V), and how many tokens were in the cache. The last token is read in any
-        case, for its logits."""
-        self._take_cache([*prompt[:-1]], self.most_caches)
+        case, for its logits, and with drafts two, as each of their steps reads several."""
+        self._take_cache([*prompt[:-1 if self.drafts is None else -2]], self.most_caches)
         cached = len(self._caches[-1].tokens)
         return self.read(prompt[cached:], check), cached
 

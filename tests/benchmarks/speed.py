@@ -137,12 +137,12 @@ def answers(args: argparse.Namespace, side: str) -> Figures:
 
 
 def drafts(args: argparse.Namespace, side: str) -> Figures:
-    """Decoding of answers after their first token. The ratio of the texts' sums is 1.00 where no
-    token differs."""
+    """Decoding of answers after their first token: plain steps read one token, the others two or
+    more, with drafts or without. The ratio of two texts' sums is 1.00 where no token differs."""
     from minismoe.runtime import Generator
     generator = Generator(args.paths[0], threads=args.threads)
-    if side == "plain":
-        generator.drafts = {}
+    if side != "drafted":
+        generator.drafts = None if side == "plain" else {}
     texts, seconds, steps = list[list[int]](), 0.0, 0
     for prompt in asked(generator, args)[1]:
         answer = generator.generate(prompt, 256)
@@ -218,7 +218,7 @@ WORKS: dict[str, tuple[Callable[[argparse.Namespace, str], Figures], Sequence[st
                                     "gemma3_text", "lfm2", "qwen3_5_text")),
     "decode": (decode, ()),                  # the given folders and files
     "answers": (answers, ("plain", "first token", "from the set")),
-    "drafts": (drafts, ("plain", "drafted")),
+    "drafts": (drafts, ("plain", "no drafts", "drafted")),
     "growth": (growth, tuple(SIZES))}
 
 

@@ -469,7 +469,7 @@ static Cache read_tokens(Answer *a, Cache from, const u32 *ids, size_t n) {
     Cache to = {take(a, inputs, sizeof *to.past), from.length + n};
     a->taken->is_past = true;
     int64_t *data[] = {a->new_ids, a->ones, a->positions + from.length}, shape[] = {1, 0};
-    if (to.length >= a->head->context) damaged(a);
+    if (to.length > a->head->context) damaged(a);
     a->holds = from.length;                  /* should the step fail */
     for (size_t i = 0; i < n; i++)
         if ((a->new_ids[i] = a->held[from.length + i] = ids[i]) >= a->head->vocab) damaged(a);
@@ -520,8 +520,9 @@ static u32 guess(Answer *a, const u32 *text, size_t n) {
     return found;
 }
 /* The tokens that the model writes: the likeliest one again and again. A step reads guesses with
-   the last token. Those that the model itself would have written are kept, the others are taken out
-   of the cache, which only buffers that do not grow allow. */
+   the last token, at least one, as kernels round a step of one token otherwise. Those that the
+   model itself would have written are kept, the others are taken out of the cache, which only
+   buffers that do not grow allow. */
 static u32 *generate(Answer *a, Cache cache, size_t most, AnswerResult *r) {
     u32 *ids = take(a, most + 1, sizeof *ids), vocab = a->head->vocab;
     size_t row = a->rows - 1, prompt = cache.length;
@@ -542,6 +543,7 @@ static u32 *generate(Answer *a, Cache cache, size_t most, AnswerResult *r) {
             if ((id = guess(a, text, length + guesses)) == NONE || is_stop(a, id)) break;
             text[length + guesses] = id;
         }
+        if (drafts && !guesses) text[length] = best, guesses = 1;
         cache = read_tokens(a, last, text + last.length, 1 + guesses), forget(a, last);
     }
     return forget(a, cache), ids;
@@ -607,7 +609,7 @@ static void answer(Answer *a, const char *question, const char *name, AnswerResu
         fail(a, "the question has %zu tokens, which leaves no room for an answer in the context of "
              "%u", r->prompt_tokens, a->head->context);
     Cache from = a->empty;                   /* and what the prompt shares with the text held */
-    while (a->grows >= a->inputs && from.length < a->holds && from.length + 1 < r->prompt_tokens &&
+    while (a->grows >= a->inputs && from.length < a->holds && from.length + 2 < r->prompt_tokens &&
            a->held[from.length] == ids[from.length]) from.length++;
     size_t unread = r->prompt_tokens - from.length, room = a->head->context - r->prompt_tokens;
     ids += from.length;

@@ -9,8 +9,7 @@
 
    Texts are UTF-8. No function ends the process or keeps anything outside of its handle. Several
    handles may be open; each is used by one thread at a time. */
-#ifndef ANSWER_H
-#define ANSWER_H
+#pragma once
 #include <stddef.h>
 
 typedef struct Answer Answer;                /* an exported folder, opened */
@@ -37,4 +36,3 @@ int check_answer(Answer *handle);
 /* What went wrong at the last call, in one line; "" if nothing did. NULL: memory is out. */
 const char *answer_error(const Answer *handle);
 void close_answer(Answer *handle);
-#endif
