@@ -71,13 +71,15 @@ def save_results(run: Path, before: Mapping[str, Judgement], after: Mapping[str,
     files.write_json(run / "results.json", results)
     print(results_table(results, train_loss))
     for name, hint in to_try.items():
-        print(f"{clean(name)}: {hint}\n" if hint else "", end="")
+        if hint:
+            print(f"{clean(name)}: {hint}")
     for name, content in answers.items():
         for sample in content["samples"]:
             print(f"{clean(name)}: " + "\n  ".join(
                 f"{kind + ':':9} {clip(clean(' '.join(sample[kind].split())), 100)}"
                 for kind in sample))
-    print("after.json holds these answers" + ", and which others are wrong" * bool(results["mean"]))
+    others = ", and which others are wrong" if results["mean"] else ""
+    print(f"after.json holds these answers{others}")
 
 
 def results_table(results: Mapping[str, Any], train_loss: Mapping[str, float]) -> str:

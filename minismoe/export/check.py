@@ -52,7 +52,7 @@ Figures = dict[str | None, dict[str, Any]]   # by adapter; None: without any
 FEW = 4                                      # tokens of a text that is slow to read
 LITTLE = 1e11                                # multiplications that a longer prompt may cost
 FLOAT32, BITS8 = 1e-4, 0.1   # how far logits may be apart: in floats, activations in 8 bits
-PAYS = 0.85                                  # of the steps without drafts: some read 3 tokens
+PAYS = 0.85                                  # of the steps without drafts: some read 4 tokens
 EXPLAINED = 2                                # times `rounding_error`; kernels had 0.2 to 0.9 of it
 
 

@@ -134,12 +134,12 @@ class Generator(CachedModel):
             drafts = drafts[right:]
             if steps and right < len(new):
                 self.cut(len(prompt) + len(text) - len(new) + right)
-                most = min(steps - 1, SHORT - len(new) + right)
-                drafts = self._drafts(prompt, text, most, matcher)
+                unread = new[right:]
+                drafts = self._drafts(prompt, text, min(steps - 1, SHORT - len(unread)), matcher)
                 # Kernels round a step of one token otherwise: a text would depend on its drafts.
-                if self.drafts is not None and len(new) - right == 1:
-                    drafts = drafts or [token]
-                logits = self.read(new[right:] + drafts, check)
+                if self.drafts is not None and len(unread + drafts) == 1:
+                    drafts = [token]
+                logits = self.read(unread + drafts, check)
                 answer.steps += 1
         answer.ended = ended
 

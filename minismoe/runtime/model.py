@@ -146,7 +146,7 @@ class CachedModel:
                 ) -> tuple[ort.OrtValue, int]:
         """Read a prompt, from the first token that differs from what a cache holds; returns its
         last logits (1, N, V), and how many tokens were in the cache. The last token is read in any
-        case, for its logits, and with drafts two, as each of their steps reads several."""
+        case, for its logits, and the last two with drafts, whose steps read two or more."""
         self._take_cache([*prompt[:-1 if self.drafts is None else -2]], self.most_caches)
         cached = len(self._caches[-1].tokens)
         return self.read(prompt[cached:], check), cached
