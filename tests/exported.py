@@ -238,8 +238,7 @@ BARE = """
 import re, runpy, sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "onnx", "safetensors", "tokenizers", "tqdm", "jinja2",
-                                  "starlette", "uvicorn"):
+        if name.split(".")[0] in ("torch", "onnx", "safetensors", "tokenizers", "tqdm", "jinja2"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Block())
 sys.argv = ["runtime", *sys.argv[1:]]

@@ -66,35 +66,6 @@ def calls_of(items: Any, tools: Sequence[Function]) -> list[Function]:
     return calls
 
 
-def message_of(item: Any) -> Message:
-    """A message of OpenAI's clients as templates take it: content as text, which may come in parts,
-    and the arguments of calls as objects. ValueError says what is wrong with it."""
-    if not isinstance(item, dict) or not isinstance(item.get("role"), str):
-        raise ValueError("a message is no object with a role")
-    content = item.get("content") or ""
-    with suppress(KeyError, TypeError):
-        content = content if isinstance(content, str) else "".join(p["text"] for p in content)
-    if not isinstance(content, str):
-        raise ValueError("a content may have parts of text only")
-    calls = functions(item.get("tool_calls"), "tool_calls")
-    role = "system" if item["role"] == "developer" else item["role"]
-    return {"role": role, "content": content} | {
-        key: item[key] for key in ("name", "tool_call_id") if key in item} | (
-        {"tool_calls": calls_of(calls, calls)} if calls else {})
-
-
-def before_call(text: str, shown: str) -> int:
-    """How many characters of the beginning of an answer are no call, and no beginning of one;
-    shown: as of `read_answer`."""
-    form = WRITTEN.search(shown)
-    if form and (mark := form["mark"]):
-        at = text.find(mark)
-        return at if at >= 0 else len(text) - next(
-            (n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
-    may_be_call = form and text.lstrip()[:1] in ("", "{", "[")           # a whole answer
-    return 0 if may_be_call else len(text)
-
-
 def read_answer(answer: str, shown: str, tools: Sequence[Function]) -> Message:
     """An answer as a message, with tool_calls if it has any, written as in `shown`: the text of the
     last message of SHOWN. Its content is the text around them.

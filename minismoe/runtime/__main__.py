@@ -7,16 +7,14 @@ if __name__ == "__main__":
     end_quietly()
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..io.flags import from_flags, natural, new_parser, option, positive, text
+from ..io.flags import natural, new_parser, option, positive, text
 from ..io.text import open_streams, print_error
-from .api import Api
 from .folder import adapter_of, read_info
 from .sampling import Sampling
 from .terminal import Terminal
@@ -24,18 +22,15 @@ from .terminal import Terminal
 if TYPE_CHECKING:
     from .generator import Generator
 
-# A browser keeps a page and its model by port, so that a folder is best found at the same one.
-PORT, PORTS = 8471, 100                      # the first that --serve tries, and how many
-CACHES = 4                                   # chats that --serve keeps in memory
-NEEDS = {**dict.fromkeys(("api_key", "cors", "quiet"), "serve"), "host": "api_key",
-         "best": "choices", "json": "lines",
+PORTS = range(8471, 8571)    # browsers keep a model by its address: the first free one is best
+NEEDS = {"best": "choices", "json": "lines",
          **dict.fromkeys(("top_p", "top_k", "min_p", "seed"), "temperature")}    # above 0
 CONFLICTS = {                                # a flag, and what cannot stand beside it
     "chat": "prompt raw lines", "lines": "prompt", "tools": "raw choices",
     "schema": "choices tools",
-    "choices": "chat raw max_tokens temperature stop repetition_penalty "        # a whole answer
-               "frequency_penalty presence_penalty",
-    "serve": "prompt chat raw instructions tools schema choices lines stop stats"}   # of a request
+    "choices": "chat raw max_tokens temperature stop repetition_penalty",        # a whole answer
+    "serve": "prompt chat raw instructions tools schema choices lines task stop no_drafts provider "
+             "threads stats max_tokens temperature repetition_penalty"}          # of an answer
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,15 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     add("folder", help="an exported folder of layout onnx, genai or web")
     add("prompt", nargs="?", help="default: standard input, or --chat at a terminal")
     add("--chat", action="store_true", help="a conversation, line by line")
-    add("--serve", nargs="?", type=natural, const=-1, metavar="PORT", help="answer OpenAI's "
-        "protocol at http://127.0.0.1:PORT/v1, and show the page of layout web, until Ctrl-C "
-        f"(default: {PORT}, or the next that is free; 0: any free one)")
-    add("--host", help="with --serve: another address of this machine, for whoever has --api-key")
-    add("--api-key", type=text, metavar="KEY", help="with --serve: what requests must show; better "
-        "as MINISMOE_API_KEY in the environment, as others see the flags of a process")
-    add("--cors", type=text, action="append", default=[], metavar="ORIGIN", help="with --serve: a "
-        "site whose pages may ask, as https://example.com; *: all (with a key, the key decides)")
-    add("--quiet", action="store_true", help="with --serve: no line for each request")
+    add("--serve", nargs="?", type=natural, const=-1, metavar="PORT", help="show the page of "
+        "layout web at http://127.0.0.1:PORT until Ctrl-C (default: "
+        f"{PORTS[0]}, or the next that is free; 0: any free one)")
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
     add("--instructions", type=text, metavar="FILE", help="begin with a file's text as the system "
         "prompt or, with --raw, as text before the prompt")
@@ -88,8 +77,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; exits with 2 if some contradict others."""
     parser = _parser()
     args = parser.parse_intermixed_args(argv)      # a prompt may come last
-    if args.serve is not None and not args.api_key:
-        args.api_key = os.environ.get("MINISMOE_API_KEY")
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     for name, needed in NEEDS.items():
         if name in given and needed not in given:
@@ -107,8 +94,7 @@ def _open(args: argparse.Namespace) -> Generator:
     from .providers import CPU
 
     generator = Generator(args.folder, args.provider, args.threads,
-                          adapter_of(Path(args.folder), args.task), args.verify,
-                          CACHES if args.serve is not None else 1)
+                          adapter_of(Path(args.folder), args.task), args.verify)
     if args.no_drafts:
         generator.drafts = {}
     nodes = generator.nodes                  # slow ones on the CPU are shown in any case
@@ -118,26 +104,13 @@ def _open(args: argparse.Namespace) -> Generator:
     return generator
 
 
-def _api(args: argparse.Namespace) -> Api:
-    """What --serve answers with. A folder with a page gets a generator once a request needs one."""
-    folder, defaults = Path(args.folder), from_flags(Sampling, vars(args))
-    if (folder / "index.html").is_file():
-        read_info(folder, args.verify)
-        if args.provider not in (None, "auto"):
-            from .providers import find_device
-            find_device(args.provider)
-        return Api(folder, lambda: _open(args), defaults, args.task)
-    generator = _open(args)
-    return Api(folder, lambda: generator, defaults, args.task)
-
-
 def main(argv: Sequence[str]) -> None:
     """The command line; errors are raised."""
     args = _parse(argv)
     if args.serve is not None:
-        api, ports = _api(args), range(PORT, PORT + PORTS) if args.serve < 0 else [args.serve]
-        from .serve import serve  # here, since nothing else needs its libraries
-        serve(api, ports, args.host, args.api_key, args.cors, args.quiet)
+        read_info(Path(args.folder), args.verify)
+        from .serve import serve  # here, since nothing else needs http.server
+        serve(Path(args.folder), PORTS if args.serve < 0 else [args.serve])
         return
     terminal = Terminal(_open(args), args)
     signal.signal(signal.SIGINT, signal.default_int_handler)     # from now on it ends an answer

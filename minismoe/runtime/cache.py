@@ -1,8 +1,7 @@
-"""One cache: the tokens that a graph has read of a prompt, and their keys and values.
+"""The cache: the tokens that a graph has read, and their keys and values.
 
-model.py (`_take_cache`) keeps several, and drops the oldest. Keys and values are never copied: they
-stay on the session's device, in OrtValues that are bound to the session. Each kind of graph has its
-own cache, which reads as the graph wants it:
+Keys and values are never copied: they stay on the session's device, in OrtValues that are bound to
+the session. Each kind of graph has its own cache, which reads as the graph wants it:
 
     SharedCache    "shared", target ort: one buffer for the whole context is the past and the
                    present: attention writes into it. Its memory is taken as it is written, and

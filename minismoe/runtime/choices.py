@@ -40,7 +40,7 @@ class Answer(NamedTuple):
 
 
 def as_json(answers: Sequence[Answer]) -> list[dict[str, object]]:
-    """Answers with their probabilities, as --json and the server write them."""
+    """Answers with their probabilities, as --json writes them."""
     return [{"text": answer.text, "probability": math.exp(answer.logprob)} for answer in answers]
 
 

@@ -20,7 +20,6 @@ import ctypes
 import math
 import os
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache, partial
@@ -33,9 +32,9 @@ from ..data.tools import Function, Message, with_tools
 from .choices import Answer, Tokens, answer_tokens, likeliest
 from .drafts import SHORT, drafted
 from .folder import FLOAT, INT64
-from .grammar import CALLS, allowed, call_grammar, follow, grammar_tokens, new_matcher
-from .model import CachedModel, go_on
-from .sampling import Sampling, floats_of, penalized, permitted
+from .grammar import allowed, call_grammar, follow, grammar_tokens, new_matcher
+from .model import CachedModel
+from .sampling import Sampling, floats_of, penalize, permitted
 
 # A chat, which the template renders up to where the next answer begins and where it alone writes
 # special tokens; or a text that is read as it is, or token ids.
@@ -54,7 +53,6 @@ class Generation(Iterator[int]):
     # come, and if the caller, or `text` at a stop text, took no more of them.
     ended = ""
     logprob = 0.0                # of the tokens and the stop token together, after penalties
-    logits: Any = None           # (V,) before penalties, of which the last token was chosen
     steps = 0                    # of the graph, after the prompt
     read_tokens = 0              # tokens of the prompt that were read
     cached_tokens = 0            # tokens of the prompt that were in a cache
@@ -71,8 +69,7 @@ class Generator(CachedModel):
 
     provider: as `find_device` takes it, or "auto": the best of those that the export was checked
     on; threads: default, the physical cores; task: an adapter of the folder; verify: compare hashes
-    as well as sizes; caches: how many prompts stay in memory, so that a chat goes on after others.
-    Give each thread a generator of its own.
+    as well as sizes. Give each thread a generator of its own.
     Raises FileNotFoundError or ValueError for a folder that is incomplete or broken.
     """
 
@@ -82,49 +79,46 @@ class Generator(CachedModel):
         return lru_cache(8)(partial(answer_tokens, self.tokenizer))
 
     def generate(self, prompt: Prompt, max_tokens: int | None = None,
-                 grammar: Any = "", fast_forward: bool = True,
-                 check: Callable[[], None] = go_on, **sampling: Any) -> Generation:
+                 grammar: str = "", **sampling: Any) -> Generation:
         """The tokens that follow a prompt, to iterate over.
 
-        grammar: of the answer, as grammar.py writes it, or a new `matcher` of one; fast_forward:
-        read tokens that alone may follow together with those before them, without `logits`; check:
-        is called before each step, and may raise; sampling: fields of `Sampling`. Raises ValueError
-        for a wrong prompt or argument.
+        grammar: of the answer, as grammar.py writes it; sampling: fields of `Sampling`. Raises
+        ValueError for a wrong prompt or argument.
         """
         settings = Sampling(max_tokens, **sampling)
         if settings.top_k > self.candidates:
             raise ValueError(f"top_k {settings.top_k}: the sampler gives {self.candidates} tokens")
         tokens, = self.encoded([prompt])
-        matcher = self.matcher(grammar) if grammar and isinstance(grammar, str) else grammar or None
-        return Generation(partial(self._write, tokens, settings, fast_forward, matcher, check))
+        matcher = self.matcher(grammar) if grammar else None
+        return Generation(partial(self._write, tokens, settings, matcher))
 
-    def _write(self, prompt: list[int], settings: Sampling, fast_forward: bool, matcher: Any,
-               check: Callable[[], None], answer: Generation) -> Iterator[int]:
+    def _write(self, prompt: list[int], settings: Sampling, matcher: Any, answer: Generation,
+               ) -> Iterator[int]:
         """Yield the tokens of `answer`, and fill in its fields."""
         room, limit = self.room(len(prompt)), settings.max_tokens
         steps = room if limit is None else min(room, limit)
         ended = "max_tokens" if steps == limit else "context"
         rng, stops = random.Random(settings.seed), {*self.tokenizer.stop_ids}
-        read, written = {*prompt}, Counter[int]()
+        known = {*prompt}                    # tokens of the prompt and the answer
         text, drafts = list[int](), list[int]()      # written; read, and not known to be right
-        logits, answer.cached_tokens = self.prefill(prompt, check)
+        logits, answer.cached_tokens = self.prefill(prompt)
         version, answer.read_tokens = self._version, len(prompt) - answer.cached_tokens
         while steps:
-            answer.logits = row = floats_of(logits, -1 - len(drafts))
-            with penalized(row, read, written, settings):
-                token, logprob = self._sample(row, settings, rng, matcher and allowed(matcher))
+            row = floats_of(logits, -1 - len(drafts))
+            if settings.repetition_penalty != 1:
+                penalize(row, known, settings.repetition_penalty)
+            token, logprob = self._sample(row, settings, rng, matcher and allowed(matcher))
             answer.logprob += logprob
             if token in stops:
                 ended = "stop"
                 break
-            new = [token, *follow(matcher, token, steps - 1 if fast_forward else 0)] if (
-                matcher) else [token]
+            new = [token, *follow(matcher, token, steps - 1)] if matcher else [token]
             for token in new:
                 yield token
                 if self._version != version:
                     raise RuntimeError("another generation or adapter began, or the cache was "
                                        "emptied, before this one ended")
-            written.update(new)
+            known.update(new)
             text += new
             steps -= len(new)
             if matcher and matcher.is_stopped():
@@ -139,7 +133,7 @@ class Generator(CachedModel):
                 # Kernels round a step of one token otherwise: a text would depend on its drafts.
                 if self.drafts is not None and len(unread + drafts) == 1:
                     drafts = [token]
-                logits = self.read(unread + drafts, check)
+                logits = self.read(unread + drafts)
                 answer.steps += 1
         answer.ended = ended
 
@@ -177,24 +171,12 @@ class Generator(CachedModel):
         chosen = sampling.draw(values, rng)
         return tokens[chosen], values[chosen] - total
 
-    def logprobs(self, floats: "memoryview[float]", token: int, count: int,
-                 ) -> list[tuple[str, float]]:
-        """Text and log-probability by logits (V,) of a token and, after it, of the `count`
-        likeliest tokens, at most `candidates`."""
-        _, likeliest, total = self._candidates(floats)
-        return [("".join(self._pieces([i])), floats[i] - total)
-                for i in (token, *likeliest[:count])]
-
-    def call_grammar(self, tools: Sequence[Function], must: bool = False,
-                     most: int = CALLS) -> str:
-        """The grammar of answers that may call, or `must` call, `tools`, up to `most` times.
-
-        Without llguidance, or where the template writes calls otherwise than as JSON, "", which is
-        any text, unless they must: ValueError.
-        """
-        with suppress(*() if must else (ModuleNotFoundError, ValueError)):
+    def call_grammar(self, tools: Sequence[Function]) -> str:
+        """The grammar of answers that may call `tools`; "", which is any text, without llguidance,
+        or where the template writes calls otherwise than as JSON."""
+        with suppress(ModuleNotFoundError, ValueError):
             self._grammar_tokens             # noqa: B018
-            return call_grammar(self.tokenizer, tools, must, most)
+            return call_grammar(self.tokenizer, tools)
         return ""
 
     def matcher(self, grammar: str) -> Any:
@@ -265,8 +247,7 @@ class Generator(CachedModel):
                                 seed=None if seed is None else seed + number)]
                 for number, tokens in enumerate(self.encoded(prompts))]
 
-    def choose(self, prompt: Prompt, choices: Sequence[str], best: int = 1,
-               check: Callable[[], None] = go_on) -> list[Answer]:
+    def choose(self, prompt: Prompt, choices: Sequence[str], best: int = 1) -> list[Answer]:
         """The `best` likeliest of the answers `choices` to a prompt, with log-probabilities.
 
         Raises ValueError for answers that `answer_tokens` refuses, and for a prompt too long for
@@ -276,7 +257,7 @@ class Generator(CachedModel):
             raise ValueError(f"the answers are the text {choices!r}: give a list of texts")
         answers = self._answer_tokens(tuple(choices))
         tokens, = self.encoded([prompt], max(map(len, answers)))
-        return likeliest(lambda start: self.prefill([*tokens, *start], check)[0], answers, best)
+        return likeliest(lambda start: self.prefill([*tokens, *start])[0], answers, best)
 
     def text(self, tokens: Iterable[int], stop: Sequence[str] = (), strip: bool = False,
              ) -> Iterator[str]:

@@ -77,10 +77,9 @@ def _refuse_bounds(part: Mapping[str, Any]) -> None:
                          "than 1 from the other one")
 
 
-def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function], must: bool,
-                 most: int = CALLS) -> str:
-    """The grammar of up to `most` calls of `tools` as the template writes them or, unless `must`,
-    of text, which may stand around several calls.
+def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function]) -> str:
+    """The grammar of text, or of up to CALLS calls of `tools` as the template writes them; where it
+    marks calls, text may stand around them.
 
     Raises ValueError if the template writes calls otherwise than as JSON.
     """
@@ -94,7 +93,7 @@ def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function], must: bool,
         "mark", "opening", "head", "middle", "tail", "closing")
     before = text(mark)
     end = text(tail).replace("123456789", '" /[0-9A-Za-z]{9}/ "')           # an id
-    more = f'(", " call){{0,{most - 1}}}' if "[" in opening and most > 1 else ""
+    more = f'(", " call){{0,{CALLS - 1}}}' if "[" in opening else ""
     rules = [f"call: {' | '.join(f'call{n}' for n in range(len(tools)))}", "TEXT: /(.|\\n)*/",
              f"body: {text(opening)} call {more} {text(closing)}"]
     for number, tool in enumerate(tools):
@@ -102,17 +101,14 @@ def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function], must: bool,
         schema = {"type": "object", **(tool["function"].get("parameters") or {})}
         rules.append(f"call{number}: {text(head + name + middle)} {_json(schema)} {end}")
     if ids and ids[0] in tokenizer.special.values():             # as Mistral's [TOOL_CALLS]
-        start = f"<[{ids[0]}]> {before} body"
-        start = start if must else f"TEXT ({start})?"
+        start = f"TEXT (<[{ids[0]}]> {before} body)?"
     elif before:
         lazy = "" if before.startswith("<") else "[lazy]"        # text ends at a tag in any case
         rules.append(f"mark{lazy}: TEXT {before}")
-        more = f'("\\n" {before} body){{0,{most - 1}}}' if most > 1 else ""
-        start = f"{before} body {more}" if must else (
-            "(mark body)* TEXT" if most > 1 else "mark body | TEXT")
+        start = "(mark body)* TEXT"
     else:
         rules.append("OTHER: /([^\\[{ \\n](.|\\n)*)?/")
-        start = "body" if must else "OTHER | body"
+        start = "OTHER | body"
     return "\n".join([f"start: {start}", *rules])
 
 

@@ -26,24 +26,18 @@ CHUNK = 512                                  # tokens of a prompt that one step 
 LARGE = 32 << 20                             # bytes of a model: more than most caches hold
 
 
-def go_on() -> None:
-    """The check before each step that lets a generation go on."""
-
-
 class CachedModel:
-    """The graphs of a folder, and caches of what they have read; arguments as of `Generator`."""
+    """The graphs of a folder, and the cache of what they have read; arguments as of `Generator`."""
 
     _version = 0                 # how often the cache was emptied, cut or changed
 
     def __init__(self, folder: str | Path, provider: str | None = None,
-                 threads: int | None = None, task: str | None = None, verify: bool = False,
-                 caches: int = 1):
+                 threads: int | None = None, task: str | None = None, verify: bool = False):
         self.folder = Path(folder)
         self.info = read_info(self.folder, verify)
         self.static: list[int] | None = self.info.get("static")              # 1, T, P
         self.context: int = min([self.info["context"], *(self.static or [])[2:]])
         self.tasks: dict[str, str] = self.info.get("adapters") or {}
-        self.most_caches, self._caches = caches, list[GraphCache]()          # the last is in use
         self._adapters: dict[str | None, tuple[Any, dict[str, Any]]] = {None: (None, {})}
         # The decoder comes first: much of the memory that it takes to open is free afterwards, and
         # then the tokenizer takes it.
@@ -56,7 +50,6 @@ class CachedModel:
         self.tokenizer = load_tokenizer(self.folder)
         give_back_memory()
         self.use(task)
-        self.reset()
 
     def _open_decoder(self, provider: str | None, threads: int | None) -> None:
         """Open the decoder, and decide what its cache is, where, and how much a step reads."""
@@ -99,11 +92,11 @@ class CachedModel:
 
     def cut(self, n: int) -> None:
         """Take out of the cache what it holds beyond n tokens."""
-        self._caches[-1].cut(n)
+        self.cache.cut(n)
 
     def close(self) -> None:
-        """Free the graph and its caches; another `session`, and then `use`, have to follow."""
-        del self.session, self._caches[:]
+        """Free the graph and its cache; another `session`, and then `use`, have to follow."""
+        del self.session, self.cache
 
     def use(self, task: str | None) -> None:
         """Switch to the adapter of a task; None: the model without an adapter."""
@@ -117,50 +110,41 @@ class CachedModel:
             self._adapters[task] = file, file.get_parameters()           # in the file's memory
         # Bound as graph inputs: onnxruntime's RunOptions take adapters only without binding.
         self._adapter, self.task = self._adapters[task][1], task
+        self._renew_cache()
+
+    def _renew_cache(self) -> None:
         self._version += 1
+        self.__dict__.pop("cache", None)     # first: a GPU may not hold both
+        self.cache = self._kind(self.session, self.info, self._memory, self._adapter,
+                                self._step_tokens)
 
     def reset(self) -> None:
-        """Empty the cache and free others. A generation that goes on raises RuntimeError at its
-        next token."""
-        self._take_cache([], 1)
+        """Empty the cache. A generation that goes on raises RuntimeError at its next token."""
+        self._share_cache([])
 
-    def _take_cache(self, tokens: list[int], most: int) -> None:
-        """Put a cache last that holds a beginning of `tokens`, and nothing else: the longest that
-        there is. Of the others, the latest stay, so that there are at most `most`. If that is
-        above 1, a cache of which less than half would be of use stays whole for its own chat."""
+    def _share_cache(self, tokens: list[int]) -> None:
+        """Let the cache hold a beginning of `tokens`, and nothing else: as much as it has of it or,
+        if it cannot be cut, nothing."""
         self._version += 1
-        shared = {cache: len(os.path.commonprefix([cache.tokens, tokens]))
-                  for cache in self._caches if cache.adapter is self._adapter}
-        usable = [cache for cache, length in shared.items()
-                  if 2 * length >= len(cache.tokens) or most == 1]
-        cache = max(usable, key=shared.__getitem__, default=None)
-        if cache and cache.cut(shared[cache]):
-            self._caches.remove(cache)
-        else:
-            cache = None
-        del self._caches[:max(0, len(self._caches) + 1 - most)]  # first: a GPU may not hold both
-        self._caches.append(cache or self._kind(
-            self.session, self.info, self._memory, self._adapter, self._step_tokens))
+        if not self.cache.cut(len(os.path.commonprefix([self.cache.tokens, tokens]))):
+            self._renew_cache()
 
-    def prefill(self, prompt: Sequence[int], check: Callable[[], None] = go_on,
-                ) -> tuple[ort.OrtValue, int]:
-        """Read a prompt, from the first token that differs from what a cache holds; returns its
+    def prefill(self, prompt: Sequence[int]) -> tuple[ort.OrtValue, int]:
+        """Read a prompt, from the first token that differs from what the cache holds; returns its
         last logits (1, N, V), and how many tokens were in the cache. The last token is read in any
         case, for its logits, and the last two with drafts, whose steps read two or more."""
-        self._take_cache([*prompt[:-1 if self.drafts is None else -2]], self.most_caches)
-        cached = len(self._caches[-1].tokens)
-        return self.read(prompt[cached:], check), cached
+        self._share_cache([*prompt[:-1 if self.drafts is None else -2]])
+        cached = len(self.cache.tokens)
+        return self.read(prompt[cached:]), cached
 
-    def read(self, tokens: Sequence[int], check: Callable[[], None] = go_on) -> ort.OrtValue:
-        """Read more tokens into the cache; returns the logits (1, N, V) after the last
-        of them.
+    def read(self, tokens: Sequence[int]) -> ort.OrtValue:
+        """Read more tokens into the cache; returns the logits (1, N, V) after the last of them.
 
-        A step reads T tokens, and the first one what is left over. `check` is called before each,
-        and may raise. An error in a step, or Ctrl-C, empties the cache, as it may be half written.
+        A step reads T tokens, and the first one what is left over. An error in a step, or Ctrl-C,
+        empties the cache, as it may be half written.
         """
-        T = self._caches[-1].T
+        T = self.cache.T
         for end in range((len(tokens) - 1) % T + 1, len(tokens) + 1, T):
-            check()
             try:
                 logits = self.step(tokens[max(0, end - T):end])
             except (Exception, KeyboardInterrupt):
@@ -170,7 +154,7 @@ class CachedModel:
 
     def step(self, tokens: Sequence[int]) -> ort.OrtValue:
         """Run the graph once, on 1 to T tokens; returns its logits (1, N, V)."""
-        logits = self._caches[-1].step(tokens)
+        logits = self.cache.step(tokens)
         if self._huge_pages and not self._huge_pages.ident:  # not earlier: the first token waits
             self._huge_pages.start()
         return logits

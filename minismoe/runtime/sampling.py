@@ -8,16 +8,13 @@ import heapq
 import math
 import random
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, fields
 from itertools import accumulate, takewhile
 from typing import Any
 
 from ..io.flags import Checked, flag, fraction, fraction_or_zero, natural, number, wrong_value
 
-penalty = Checked(float, lambda x: -2 <= x <= 2, "is not in [-2, 2]")
 factor = Checked(float, lambda x: 0.01 <= x <= 100, "is not in [0.01, 100]")     # others overflow
 
 
@@ -39,15 +36,9 @@ class Sampling:
                       "sampler gives, 64)", natural, metavar="K")
     min_p: float = flag(0.0, "draw among tokens at least P times as likely as the likeliest "
                         "(default: 0)", fraction_or_zero, metavar="P")
-    # It divides a positive logit, and multiplies a negative one (Keskar et al. 2019).
     repetition_penalty: float = flag(
         1.0, "make tokens of the prompt and the answer less likely: above 1, such as 1.1 "
         "(default: 1)", factor, metavar="F")
-    # OpenAI's: they are subtracted from logits.
-    frequency_penalty: float = flag(0.0, "make a token less likely by F for each time that the "
-                                    "answer has it (default: 0)", penalty, metavar="F")
-    presence_penalty: float = flag(0.0, "make tokens that the answer has less likely by F "
-                                   "(default: 0)", penalty, metavar="F")
     seed: int | None = flag(None, "starts the draws (default: another one each time)", int)
 
     def __post_init__(self) -> None:
@@ -84,21 +75,12 @@ def log_of_sum(logits: Sequence[float]) -> float:
     return total
 
 
-@contextmanager
-def penalized(floats: "memoryview[float]", prompt: Set[int], answer: Counter[int],
-              sampling: Sampling) -> Iterator[None]:
-    """Change logits (V,) meanwhile by the penalties on tokens of a prompt and its answer."""
-    factor = sampling.repetition_penalty
-    added = sampling.frequency_penalty or sampling.presence_penalty
-    tokens = prompt | answer.keys() if factor != 1 else answer.keys() if added else ()
-    before = {token: floats[token] for token in tokens}
-    for token, value in before.items():
-        floats[token] = (value * factor if value < 0 else value / factor) - (
-            answer[token] * sampling.frequency_penalty
-            + (token in answer) * sampling.presence_penalty)
-    yield
-    for token, value in before.items():      # log-probabilities are those of the model
-        floats[token] = value
+def penalize(floats: "memoryview[float]", tokens: Set[int], factor: float) -> None:
+    """Make tokens less likely in logits (V,): divide those above 0 by the factor, multiply others
+    (Keskar et al. 2019)."""
+    for token in tokens:
+        value = floats[token]
+        floats[token] = value * factor if value < 0 else value / factor
 
 
 def permitted(floats: "memoryview[float]", values: Sequence[float], tokens: Sequence[int],

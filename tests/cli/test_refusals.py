@@ -80,9 +80,6 @@ WRONG_FLAGS = {              # {script: [(flags, what the last line says)]}
         ("F x --top-p 0.5", "--top-p needs --temperature"), ("F x --best 2", "--best needs --cho"),
         ("F x --top-k 4 --temperature 0", "--top-k needs --temperature"),
         ("F x --chat --raw", "--chat cannot be beside PROMPT, --raw"),
-        ("F x --presence-penalty 3", "3 is not in [-2, 2]"),
-        ("F --serve --host 0.0.0.0", "--host needs --api-key"),
-        ("F x --api-key k", "--api-key needs --serve"), ("F --cors *", "--cors needs --serve"),
         ("F --serve --best 2", "--best needs --choices")]}
 # (script, flags, what the error says). INPUTS are --model and --data that work; a dict is the
 # content of a file of --allocation.

@@ -21,7 +21,6 @@ from minismoe.data.tasks import (
     load_tasks,
 )
 from minismoe.data.tokenizer import Tokenizer, load_tokenizer
-from minismoe.data.tools import before_call
 from minismoe.export.layouts import copy_base_files
 from minismoe.method.loss import IGNORE
 from minismoe.training.evaluate import Accuracy, exact_match, questions
@@ -150,17 +149,6 @@ def test_a_template_that_refuses_other_roles_still_shows_its_call(both: Both) ->
     strict = "{% for m in messages if m.role not in ('system', 'user', 'assistant', 'tool') %}" \
              "{{ raise_exception('roles') }}{% endfor %}"
     assert '"name": "shown"' in both(strict + TEMPLATE)[1].shown_call()
-
-
-@pytest.mark.parametrize("shown, answers", [
-    ('<call>{"name": "shown", "arguments": {"key": "value"}}</call>',
-     {"": 0, "It": 2, "It is <ca": 6, "a < b": 5, "On: <call>{": 4}),
-    ('{"name": "shown", "parameters": {"key": "value"}}',
-     {"": 0, ' {"na': 0, "[": 0, "It is {": 7}),
-    ("", {"": 0, '{"name"': 7})])
-def test_what_comes_before_a_call_is_text_at_once(shown: str, answers: dict[str, int]) -> None:
-    """A template without a mark writes calls as whole answers."""
-    assert {text: before_call(text, shown) for text in answers} == answers
 
 
 def test_show_prints_tools_and_marks_calls(both: Both, tmp_path: Path,

@@ -329,11 +329,11 @@ def test_too_little_memory_names_the_context(model, tmp_path) -> None:
 def test_flags_reach_the_generator(folders, monkeypatch) -> None:
     made = []
     monkeypatch.setattr("minismoe.runtime.generator.Generator", lambda *given: made.append(given))
-    for flags in (["--verify", "--threads", "3", "--provider", "cpu"], ["--serve"]):
+    for flags in ["--verify", "--threads", "3", "--provider", "cpu"], []:
         with pytest.raises(AttributeError):  # of the generator that is None
             program._open(program._parse([str(folders["ort"]), *flags]))
-    assert made == [(str(folders["ort"]), "cpu", 3, None, True, 1),
-                    (str(folders["ort"]), None, None, None, False, 4)]
+    assert made == [(str(folders["ort"]), "cpu", 3, None, True),
+                    (str(folders["ort"]), None, None, None, False)]
 
 
 @posix

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from minismoe.runtime import Generator
-from minismoe.runtime.grammar import call_grammar, grammar_tokens, json_grammar, new_matcher
+from minismoe.runtime import generator as writer
+from minismoe.runtime.grammar import (
+    call_grammar,
+    follow,
+    grammar_tokens,
+    json_grammar,
+    new_matcher,
+)
 
 jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("llguidance")
@@ -77,17 +84,19 @@ def test_what_is_likely_but_forbidden_is_replaced_by_the_likeliest_that_is_not(g
     assert "".join(generator.text(answer)) == json.dumps(text) and answer.ended == "stop"
 
 
-def test_tokens_that_alone_may_follow_are_read_in_one_step(generator) -> None:
+def test_tokens_that_alone_may_follow_are_read_in_one_step(generator, monkeypatch) -> None:
     """Text and end are as without, also where the limit falls among them."""
     schema = {"type": "object", "properties": {"colour": {"enum": ["red", "green"]}, "done": {
         "type": "boolean"}}, "required": ["colour", "done"]}
     for limit in (LIMIT, 20, 5):
-        found = []
-        for fast_forward in (False, True):
-            del generator.sizes[:]
-            answer = generator.generate("x", limit, json_grammar(schema), fast_forward)
-            found.append(([*answer], answer.ended))
-        assert found[0] == found[1] and len(generator.sizes) <= 5 and len(found[1][0]) <= limit
+        del generator.sizes[:]
+        answer = generator.generate("x", limit, json_grammar(schema))
+        tokens = [*answer]
+        assert len(generator.sizes) <= 5 and len(tokens) <= limit
+        with monkeypatch.context() as m:
+            m.setattr(writer, "follow", lambda matcher, token, most: follow(matcher, token, 0))
+            single = generator.generate("x", limit, json_grammar(schema))
+            assert ([*single], single.ended) == (tokens, answer.ended)
     assert answer.ended == "max_tokens"
 
 
@@ -109,7 +118,7 @@ def test_a_schema_that_cannot_be_compiled_is_one_line_before_anything_is_read(
     generator.reset()
     with pytest.raises(ValueError, match=message) as refused:
         list(generator.generate("x", grammar=json_grammar(schema)))
-    assert "\n" not in str(refused.value) and generator._caches[-1].tokens == []
+    assert "\n" not in str(refused.value) and generator.cache.tokens == []
 
 
 def test_the_largest_multiples_compile_in_a_second(generator) -> None:
@@ -224,32 +233,32 @@ def accepts(tokenizer: Tokenizer, grammar: str, text: str) -> bool:
 
 @pytest.mark.parametrize("form", [*FORMS, "tags"])
 def test_calls_are_held_to_the_offered_functions(form, tags) -> None:
-    """And to a number of calls, where text may stand around them: small models go on calling."""
+    """Where the template marks calls, text may stand around them."""
     form, tokenizer = ("marked", tags) if form == "tags" else (form, writing(form))
     call = FORMS[form][1]
-    free, held = (call_grammar(tokenizer, TOOLS, must) for must in (False, True))
+    grammar = call_grammar(tokenizer, TOOLS)
     chat = [{"role": "user", "content": "x", "tools": TOOLS}]
     parsed = tokenizer.parse(chat, tokenizer.decode(tokenizer.encode(call)[0]))
     assert {c["function"]["name"] for c in parsed["tool_calls"]} == {"wait"}
-    for grammar in free, held:
-        assert accepts(tokenizer, grammar, call)
-        for bad in (call.replace("wait", "open"), call.replace("3", "33"), call.replace("3", '"3"'),
-                    call.replace("minutes", "hours"), call[:-3]):
-            assert not accepts(tokenizer, grammar, bad)
+    assert accepts(tokenizer, grammar, call)
+    for bad in (call.replace("wait", "open"), call.replace("3", "33"), call.replace("3", '"3"'),
+                call.replace("minutes", "hours"), call[:-3]):
+        assert not accepts(tokenizer, grammar, bad)
     for text in "Sure, it is on.", "", "a {b} [c] <d>\né":
-        assert accepts(tokenizer, free, text) and not accepts(tokenizer, held, text)
-    if form not in ("marked", "list"):
-        return
-    assert accepts(tokenizer, free, f"Sure. {call} Done.")
-    assert not accepts(tokenizer, free, f"Sure. {call.replace('wait', 'open')}")
-    one, two = (call, f"{call}\n{call}") if form == "marked" else (
-        call.split(", {")[0] + "]", call)
-    three = f"{two}\n{call}" if form == "marked" else two[:-1] + two[two.index(", {"):]
-    for must in False, True:
-        single, double = (call_grammar(tokenizer, TOOLS, must, most) for most in (1, 2))
-        assert accepts(tokenizer, single, one) and not accepts(tokenizer, single, two)
-        assert accepts(tokenizer, double, one) and accepts(tokenizer, double, two)
-        assert accepts(tokenizer, double, three) == (form == "marked" and not must)
+        assert accepts(tokenizer, grammar, text)
+    if form in ("marked", "list"):
+        assert accepts(tokenizer, grammar, f"Sure. {call} Done.")
+        assert accepts(tokenizer, grammar, f"{call}\n{call}")
+        assert not accepts(tokenizer, grammar, f"Sure. {call.replace('wait', 'open')}")
+
+
+def test_a_list_has_eight_calls_at_most() -> None:
+    """Small models go on calling."""
+    tokenizer = writing("list")
+    grammar, (first, second) = call_grammar(tokenizer, TOOLS), FORMS["list"][1].split(", {")
+    for count, accepted in (1, True), (8, True), (9, False):
+        calls = ", {".join([first, *[second.removesuffix("]")] * (count - 1)]) + "]"
+        assert accepts(tokenizer, grammar, calls) == accepted
 
 
 def test_a_template_that_writes_no_json_holds_no_calls(tmp_path) -> None:
@@ -257,8 +266,6 @@ def test_a_template_that_writes_no_json_holds_no_calls(tmp_path) -> None:
              "{% for c in m.tool_calls or [] %}<{{ c.function.name }}>{% endfor %}{% endfor %}")
     generator = Generator(scripted(tmp_path / "f", "x", template=other), threads=1)
     assert generator.call_grammar(TOOLS) == ""
-    with pytest.raises(ValueError, match="writes calls otherwise than as JSON"):
-        generator.call_grammar(TOOLS, True)
 
 
 # The command line

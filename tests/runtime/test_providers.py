@@ -99,11 +99,11 @@ def test_adapters_are_switched(model, tmp_path) -> None:
 def test_a_cache_stays_on_the_gpu(folders) -> None:
     """One buffer for the whole context, or the one that the step before gave."""
     shared, fed_back = (Generator(folders[k], "webgpu", threads=1) for k in ("ort", "portable"))
-    before = {name: id(value) for name, value in shared._caches[-1].past.items()}
+    before = {name: id(value) for name, value in shared.cache.past.items()}
     for generator in (shared, fed_back):
         list(generator.generate(PROMPTS[0], 4))
-        assert {value.device_name() for value in generator._caches[-1].past.values()} == {"webgpu"}
-    assert {name: id(value) for name, value in shared._caches[-1].past.items()} == before
+        assert {value.device_name() for value in generator.cache.past.values()} == {"webgpu"}
+    assert {name: id(value) for name, value in shared.cache.past.items()} == before
 
 
 @needs("openvino")

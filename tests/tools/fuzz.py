@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Valid files and requests, spoilt in ways that follow a seed, given to what reads them.
+"""Valid files, spoilt in ways that follow a seed, given to what reads them.
 
     python tests/tools/fuzz.py --cases 20000      some minutes; prints each failure with its case
     python tests/tools/fuzz.py --first 1234 --cases 1   that one alone, with what it says
@@ -36,7 +36,7 @@ from minismoe.cli.flags import AllocationConfig  # noqa: E402
 from minismoe.data.tasks import encode_all, load_tasks  # noqa: E402
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer  # noqa: E402
 from minismoe.export.layouts import byte_level  # noqa: E402
-from minismoe.io.files import naming, sha256  # noqa: E402
+from minismoe.io.files import sha256  # noqa: E402
 from minismoe.io.process import peak_resident  # noqa: E402
 from minismoe.io.text import error_line  # noqa: E402
 from minismoe.method.allocate import Allocation  # noqa: E402
@@ -44,8 +44,6 @@ from minismoe.method.experts import add_experts  # noqa: E402
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter  # noqa: E402
 from minismoe.model.decoder import CausalLM, Config  # noqa: E402
 from minismoe.runtime import Generator  # noqa: E402
-from minismoe.runtime.api import Api, RequestError  # noqa: E402
-from minismoe.runtime.sampling import Sampling  # noqa: E402
 
 SECONDS, MEGABYTES = 2.0, 256
 ALLOWED = (ArithmeticError, OSError, ValueError)
@@ -64,15 +62,6 @@ LINES = [{"prompt": "2 + 2", "completion": "4"},
                        {"role": "assistant", "content": "b"}],
           "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}]
 CALLING = "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}{{ eos_token }}{% endfor %}"
-REQUESTS = [
-    {"model": "m", "messages": LINES[3]["messages"], "tools": LINES[3]["tools"],
-     "tool_choice": {"type": "function", "function": {"name": "f"}}, "stop": ["x"],
-     "stream": True, "stream_options": {"include_usage": True}, "temperature": 0.5,
-     "top_p": 0.9, "top_k": 5, "seed": 1, "logprobs": True, "top_logprobs": 2, "n": 1,
-     "response_format": {"type": "text"}, "presence_penalty": 0.5},
-    {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3, "stop": "x", "min_p": 0.1,
-     "repetition_penalty": 1.1, "frequency_penalty": 0.5, "response_format": {
-         "type": "json_schema", "json_schema": {"schema": {"enum": ["x"]}}}}]
 NUMBERS = [-1, 0, 1, 3, 7, 40, 1000, 2 ** 31, 2 ** 63, 10 ** 12, 10 ** 400, -10 ** 12]
 ODD = [None, True, False, "", "x", [], {}, [[]], -0.5, 1.5, 1e308, math.nan, math.inf, -math.inf,
        "../../etc/passwd", "/etc/passwd", "file:///etc/passwd", "\ud83d", "\x1b[31m\r\n", "con",
@@ -152,15 +141,12 @@ class Fuzz:
         exported.export(model, self.base, "portable", context=64,
                         files={"config.json": json.dumps(CONFIG)})
         save_file(dict(model.named_parameters()), self.base / "model.safetensors")
-        self.generator = Generator(self.base, threads=1)
-        self.generator.tokenizer = Tokenizer(ByteTokenizer(), CALLING, "<|bos|>", "<|end|>")
-        self.api = Api(self.base, lambda: self.generator, Sampling(max_tokens=3))
         add_experts(model, ALLOCATION)
         model.fingerprint, model.name = load_model(self.base).fingerprint, "base"
         save_adapter(model, self.base / "adapter", ALLOCATION, ["t"])
         self.kinds: list[Callable[[Rng], Any]] = [
             self.config, self.adapter, self.allocation, self.lines, self.weights,
-            self.adapter_weights, self.tokenizer, self.request, self.export]
+            self.adapter_weights, self.tokenizer, self.export]
 
     def config(self, rng: Rng) -> Any:
         (self.case / "config.json").write_bytes(rng.text(CONFIG))
@@ -232,21 +218,6 @@ class Fuzz:
         (self.case / "config.json").write_bytes(rng.text({"vocab_size": 400, "eos_token_id": 1}))
         tokenizer = load_tokenizer(self.case)
         tokenizer.encode(tokenizer.render([{"role": "user", "content": "a"}], True))
-
-    def request(self, rng: Rng) -> Any:
-        with naming("a request", RecursionError):        # as the server reads it
-            request = json.loads(rng.text(rng.choice(REQUESTS)).decode("utf-8", "replace"))
-        if not isinstance(request, dict):
-            return
-        if rng.random() < 0.3:               # any text is a question
-            text = "".join(map(chr, rng.choices(range(1, 0xd800), k=rng.randint(1, 30))))
-            request = REQUESTS[1] | {"messages": [{"role": "user", "content": text}]}
-        try:
-            call = self.api.read(json.dumps(request).encode())
-            for _ in self.api.answer(call, lambda: None):
-                pass
-        except RequestError as e:            # whose fault it is
-            raise (ValueError if e.status in (400, 404) else RuntimeError)(str(e)) from None
 
     def export(self, rng: Rng) -> Any:
         (self.case / "export.json").write_bytes(
