@@ -21,14 +21,11 @@ import export as script
 from minismoe.data.tools import Message
 from minismoe.export import graph, steps
 from minismoe.export.calibration import Batches
-from minismoe.export.layers import AdapterLinear
-from minismoe.export.layouts import write_adapter
 from minismoe.export.mixture import round_experts
 from minismoe.export.settings import ExportConfig
 from minismoe.export.ship import Part, freeze_and_round, sharing_copy
 from minismoe.export.weights import GraphFormat
 from minismoe.io.files import read_json
-from minismoe.method.freeze import Fit
 from minismoe.model.decoder import CausalLM, Config
 from minismoe.runtime import Generator
 from minismoe.runtime.drafts import DRAFTED
@@ -103,17 +100,6 @@ def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
              contract={"cache": {"ort": "shared", "portable": "growing"}.get(kind, "fixed")},
              format="minismoe.export/1", adapters={})
     return folder
-
-
-def export_adapters(model: CausalLM, folder: Path, *tasks: str) -> dict[str, Fit]:
-    """An exported folder with a random adapter of the matrix UP for each task; returns them."""
-    export(model, folder, **{UP: AdapterLinear(model.get_submodule(UP), {})})
-    torch.manual_seed(0)
-    fits = {task: Fit(torch.randn(4, 64), torch.randn(48, 4) * 0.5) for task in tasks}
-    for task, fit in fits.items():
-        write_adapter(folder / f"{task}.onnx_adapter", {UP: fit})
-    describe(folder, adapters={task: f"{task}.onnx_adapter" for task in tasks})
-    return fits
 
 
 class Runner:

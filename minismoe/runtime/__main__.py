@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..io.flags import natural, new_parser, option, positive, text
 from ..io.text import open_streams, print_error
-from .folder import adapter_of, read_info
+from .folder import read_info
 from .sampling import Sampling
 from .terminal import Terminal
 
@@ -27,7 +27,7 @@ NEEDS = {"best": "choices", "json": "lines",
          **dict.fromkeys(("top_p", "top_k", "min_p", "seed"), "temperature")}    # above 0
 CONFLICTS = {                                # a flag, and what cannot stand beside it
     "chat": "prompt raw lines", "lines": "prompt", "tools": "raw choices",
-    "schema": "choices tools",
+    "schema": "choices tools", "task": "chat raw instructions tools",
     "choices": "chat raw max_tokens temperature stop repetition_penalty",        # a whole answer
     "serve": "prompt chat raw instructions tools schema choices lines task stop no_drafts provider "
              "threads stats max_tokens temperature repetition_penalty"}          # of an answer
@@ -59,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--lines", action="store_true", help="answer each line of the standard input in one line, "
         "as it comes; line ends in an answer are written as \\n")
     add("--json", action="store_true", help="with --lines: each answer as a JSON object")
-    add("--task", help="put the instruction of this task before the question, and use its adapter, "
-        "if the folder has them (default: the folder's only task)")
+    add("--task", help="put the instruction of this task before the question (default: that of the "
+        "folder's only task)")
     add("--stop", type=text, action="append", default=[], metavar="TEXT", help="end the answer "
         "before this text; may be given again")
     add("--no-drafts", action="store_true", help="one step for each token, to compare: "
@@ -93,8 +93,7 @@ def _open(args: argparse.Namespace) -> Generator:
     from .generator import Generator  # here, since --help needs no onnxruntime
     from .providers import CPU
 
-    generator = Generator(args.folder, args.provider, args.threads,
-                          adapter_of(Path(args.folder), args.task), args.verify)
+    generator = Generator(args.folder, args.provider, args.threads, args.verify)
     if args.no_drafts:
         generator.drafts = {}
     nodes = generator.nodes                  # slow ones on the CPU are shown in any case

@@ -103,27 +103,24 @@ def known_tasks(folder: Path) -> dict[str, dict[str, Any]]:
 
 def instruction_of(folder: Path, task: str | None = None) -> str:
     """What training put before the questions of a task or, without a name, of the only task; ""
-    if there is nothing, or one of several tasks is meant: then a line on stderr names them."""
+    if there is nothing, or one of several tasks is meant: then a line on stderr names them.
+
+    Raises ValueError if the folder knows no such task.
+    """
     tasks = known_tasks(folder)
+    if task is not None and task not in tasks:
+        raise ValueError(f"{folder} has no task {task!r}; present: {', '.join(tasks) or 'none'}")
     if task is None and len(tasks) > 1 and any(entry["instruction"] for entry in tasks.values()):
         print(clean(f"[asked without an instruction; --task NAME puts that of a task before the "
                     f"question: {', '.join(tasks)}]"), file=sys.stderr)
-    name = task if task is not None or len(tasks) != 1 else next(iter(tasks))
-    return str(tasks[name]["instruction"]) if name in tasks else ""
+    if task is None and len(tasks) == 1:
+        task, = tasks
+    return str(tasks[task]["instruction"]) if task is not None else ""
 
 
 def instructed(instruction: str, question: str) -> str:
     """A question behind its task's instruction, with which it may begin already."""
     return question if question.startswith(instruction) else instruction + question
-
-
-def adapter_of(folder: Path, task: str | None) -> str | None:
-    """The task, if the folder has an adapter of it; ValueError if it knows no such task."""
-    adapters = read_info(folder).get("adapters") or {}
-    known = {**known_tasks(folder), **adapters}
-    if task is not None and task not in known:
-        raise ValueError(f"{folder} has no task {task!r}; present: {', '.join(known) or 'none'}")
-    return task if task in adapters else None
 
 
 def file_text(name: str, otherwise: str = "") -> str:

@@ -68,8 +68,8 @@ class Generator(CachedModel):
     """A model that `export.py --layout onnx` wrote, with its tokenizer.
 
     provider: as `find_device` takes it, or "auto": the best of those that the export was checked
-    on; threads: default, the physical cores; task: an adapter of the folder; verify: compare hashes
-    as well as sizes. Give each thread a generator of its own.
+    on; threads: default, the physical cores; verify: compare hashes as well as sizes. Give each
+    thread a generator of its own.
     Raises FileNotFoundError or ValueError for a folder that is incomplete or broken.
     """
 

@@ -32,7 +32,7 @@ class CachedModel:
     _version = 0                 # how often the cache was emptied, cut or changed
 
     def __init__(self, folder: str | Path, provider: str | None = None,
-                 threads: int | None = None, task: str | None = None, verify: bool = False):
+                 threads: int | None = None, verify: bool = False):
         self.folder = Path(folder)
         self.info = read_info(self.folder, verify)
         self.static: list[int] | None = self.info.get("static")              # 1, T, P
@@ -49,7 +49,7 @@ class CachedModel:
         self._check_graphs()
         self.tokenizer = load_tokenizer(self.folder)
         give_back_memory()
-        self.use(task)
+        self.use(None)
 
     def _open_decoder(self, provider: str | None, threads: int | None) -> None:
         """Open the decoder, and decide what its cache is, where, and how much a step reads."""

@@ -325,7 +325,8 @@ def test_the_command_for_genai_takes_an_adapter(run: Path, tmp_path: Path, capsy
         names["model"]))
     exec(use, names)
     generator.append_tokens(PROMPT)
-    ours = Generator(out, task="number", threads=1)
+    ours = Generator(out, threads=1)
+    ours.use("number")
     wanted = torch.from_dlpack(next(ours.forced(PROMPT, [])))[0, -1]
     torch.testing.assert_close(torch.tensor(generator.get_logits()).flatten(), wanted)
 

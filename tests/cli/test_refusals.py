@@ -70,6 +70,7 @@ WRONG_FLAGS = {              # {script: [(flags, what the last line says)]}
         ("F x --schema f --choices g", "--schema cannot be beside --choices"),
         ("F x --schema f --tools g", "--schema cannot be beside --tools"),
         ("F x --tools f --raw", "--tools cannot be beside --raw"),
+        ("F --chat --task t", "--task cannot be beside --chat"),
         ("F x --repetition-penalty 0", "0 is not in [0.01, 100]"),
         ("F x --lines", "--lines cannot be beside PROMPT"), ("F --json", "--json needs --lines"),
         ("F x --threads 0", "is not at least 1"),

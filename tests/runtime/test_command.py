@@ -332,8 +332,8 @@ def test_flags_reach_the_generator(folders, monkeypatch) -> None:
     for flags in ["--verify", "--threads", "3", "--provider", "cpu"], []:
         with pytest.raises(AttributeError):  # of the generator that is None
             program._open(program._parse([str(folders["ort"]), *flags]))
-    assert made == [(str(folders["ort"]), "cpu", 3, None, True),
-                    (str(folders["ort"]), None, None, None, False)]
+    assert made == [(str(folders["ort"]), "cpu", 3, True),
+                    (str(folders["ort"]), None, None, False)]
 
 
 @posix

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from accelerators import needs
-from exported import KINDS, command, describe, export, export_adapters
+from exported import KINDS, command, describe, export
 from tiny import BYTES, FAMILIES, random_hf
 
 from export import main
@@ -81,18 +81,6 @@ def test_logits_are_those_of_the_cpu(model, tmp_path, kind, precision, provider)
         text = list(exact.generate(prompt, 12))
         wanted, found = (logits(g, [list(prompt)], [text])[0] for g in (exact, generator))
         assert (found - wanted).abs().max() < TOLERANCES[precision] * wanted.abs().max()
-
-
-@needs("webgpu")
-def test_adapters_are_switched(model, tmp_path) -> None:
-    export_adapters(model, tmp_path / "f", "t")
-    said = []
-    for provider in (None, "webgpu"):
-        generator = Generator(tmp_path / "f", provider, threads=1)
-        for task in (None, "t", None):
-            generator.use(task)
-            said.append(list(generator.generate(PROMPTS[0], 12)))
-    assert said[:3] == said[3:] and said[0] == said[2] != said[1]
 
 
 @needs("webgpu")

@@ -14,7 +14,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from exported import KINDS, UP, Watched, describe, export, export_adapters, random_model
+from exported import KINDS, Watched, describe, export, random_model
 
 from minismoe import generate
 from minismoe.runtime import Generator
@@ -327,33 +327,6 @@ def test_an_old_onnxruntime_and_another_layout_are_named(folders, tmp_path, monk
     (tmp_path / "export.json").write_text(json.dumps({"layout": "hf", "files": {}}))
     with pytest.raises(ValueError, match="its layout is hf, and the runtime reads --layout onnx"):
         Generator(tmp_path)
-
-
-def test_tasks(tmp_path) -> None:
-    """Adapters beside layers with biases, which stay."""
-    model, folder, changed = random_model(seed=3, mlp_bias=True), tmp_path / "adapters", {}
-    fits = export_adapters(model, folder, "one", "two")
-    generator = Generator(folder, threads=1)
-    base = generate(model, PROMPTS, 8, ())
-    linear = model.get_submodule(UP)
-    for task, f in fits.items():
-        before = linear.weight.data
-        linear.weight.data = before + f.lora_B @ f.lora_A
-        changed[task] = generate(model, PROMPTS, 8, ())
-        linear.weight.data = before
-    generator.tokenizer.stop_ids = []
-    for task, expected in ((None, base), *changed.items(), (None, base)):
-        generator.use(task)
-        assert generator.batch(PROMPTS, 8) == expected
-    assert changed["one"] != changed["two"] != base
-    with pytest.raises(ValueError, match="no adapter 'three'; present: one, two"):
-        generator.use("three")
-    (folder / "one.onnx_adapter").write_bytes(b"x")
-    with pytest.raises(ValueError, match="cannot open one's adapter in "):
-        Generator(folder, threads=1, task="one")
-    describe(folder, adapters={"one": "/etc/passwd"})
-    with pytest.raises(ValueError, match="no plain file name"):
-        Generator(folder, threads=1, task="one")
 
 
 @pytest.mark.parametrize("change, message", [
