@@ -1,30 +1,30 @@
-"""Which files hold task lines, and these lines, not parsed yet.
+"""Which files hold task lines, and these lines as conversations.
 
-A file is NAME.jsonl, with a JSON object a line, or NAME.json, with such lines or a list of them, or
-a table NAME.csv or NAME.tsv, whose first row names its columns. The text is UTF-8, UTF-16 or
-UTF-32.
+A file is NAME.jsonl, with a JSON object a line, or a table NAME.csv or NAME.tsv, whose first row
+names its columns. The text is UTF-8, with or without a byte order mark. lines.py says what a line
+holds.
 """
 
 import codecs
 import csv
 import io
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .forms import form_of
+from .lines import Contents, Conversation, form_of, to_messages
+from .tools import Message
 
 WORDS = {"train": "training", "valid": "validation", "test": "test"}     # of splits
-ENDING = re.compile(r"\.(jsonl?|csv|tsv)$", re.IGNORECASE)
+ENDING = re.compile(r"\.(jsonl|csv|tsv)$", re.IGNORECASE)
 TABLE = re.compile(r"\.[ct]sv$", re.IGNORECASE)
-# A field that begins with a quote and does not end with one, as '"No", he said' in a table that
-# knows no quotes. A quote in a quoted field is written twice.
-LOOSE_QUOTE = re.compile(r'(?:^|\t)"(?!(?:[^"]|"")*"(?:\t|\r?$))', re.MULTILINE)
+UNREAD = (".json", ".parquet")           # endings of files that may hold lines in another format
+LONGEST_LINE = 1 << 20           # bytes: about 250,000 tokens, more than any model reads
 Columns = Sequence[str]          # those of prompt and answer in tables; () if a form names them
+BadLines = defaultdict[tuple[Path, str], list[int]]      # (file, reason) -> numbers of lines
 
 
 def task_places(data: Path, columns: Columns = ()) -> tuple[dict[str, Path], list[str]]:
@@ -33,139 +33,184 @@ def task_places(data: Path, columns: Columns = ()) -> tuple[dict[str, Path], lis
     """
     if not data.exists():
         raise FileNotFoundError(f"no such data folder: {data}")
-    (files, folders, others), places = scan(data, columns), dict[str, Path]()
+    files, folders, others = scan(data, columns)
+    if data.is_dir() and files.keys() & WORDS.keys():
+        refuse_beside_splits(data, files, folders)
+        return {data.resolve().name: data}, []
+    places = dict(files)
     for folder in folders:
-        own, _, tables = scan(folder, columns)
-        if "train" in own:
-            places[folder.name] = folder
-        elif not own:
-            others += tables
-        elif "train" not in files:
+        own, _, notes = scan(folder, columns)
+        if own and "train" not in own:
             raise ValueError(f"{folder} holds .jsonl files, and no train.jsonl: give the file of "
                              "its training lines that name, or move the folder elsewhere")
-    if twice := places.keys() & files.keys():
-        raise ValueError(f"{data} holds {min(twice)} twice, as a folder and as a file")
-    places |= files
-    if data.is_file() or not (splits := [files[name].name for name in WORDS if name in files]):
-        return places, others
+        if own and folder.name in files:
+            raise ValueError(f"{data} holds {folder.name} twice, as a folder and as a file")
+        if own:
+            places[folder.name] = folder
+        else:
+            others += notes
+    return places, others
+
+
+def refuse_beside_splits(data: Path, files: Mapping[str, Path], folders: Sequence[Path]) -> None:
+    """Raise ValueError if a folder that holds a task's splits has no train.jsonl, or holds other
+    tasks as well."""
+    split = next(files[name].name for name in WORDS if name in files)
     if "train" not in files:
-        raise ValueError(f"{data} holds {splits[0]}, and no train.jsonl beside it: give the file "
+        raise ValueError(f"{data} holds {split}, and no train.jsonl beside it: give the file "
                          "of its training lines that name")
-    if more := places.keys() - WORDS.keys():
+    more = files.keys() - WORDS.keys() | {f.name for f in folders if "train" in scan(f)[0]}
+    if more:
         todo = ("Rename it to valid.jsonl" if more < {"validation", "val", "dev", "eval"} else
                 "Move the files of each task into a folder of its own")
-        raise ValueError(f"{data} is a task itself, as it holds {splits[0]}, and holds others: "
+        raise ValueError(f"{data} is a task itself, as it holds {split}, and holds others: "
                          f"{', '.join(sorted(more))}. {todo}")
-    return {data.resolve().name: data}, []
 
 
 def scan(data: Path, columns: Columns = ()) -> tuple[dict[str, Path], list[Path], list[str]]:
     """Files of task lines, by name without ending; folders; and what to say of other files that may
-    hold lines: in a folder, or of one file. Hidden folders are left out, and what macOS (._*) and
-    Emacs (.#*) put beside files. FileNotFoundError for a link that leads nowhere, ValueError for
-    two files of a name, and for a pipe or a device, which cannot be read twice.
+    hold lines: in a folder, or of one file.
+
+    ValueError for two files of a name, and for what is no file: a link that leads nowhere, a pipe
+    or a device.
     """
     files, folders, others = dict[str, Path](), list[Path](), list[str]()
-    for path in sorted(data.iterdir()) if data.is_dir() else [data]:
+    for path in filter(is_visible, sorted(data.iterdir())) if data.is_dir() else [data]:
         name = ENDING.sub("", path.name)
-        if path.name.startswith(("._", ".#")) or path.is_dir() and path.name[0] == ".":
-            continue
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which does not "
-                                    "exist: mend or remove it")
         if path.is_dir():
             folders.append(path)
-        elif not path.is_file() and (name != path.name or path == data):
-            raise ValueError(f"{path} is a pipe or a device: write its lines into a .jsonl file")
-        elif path.suffix.lower() == ".parquet":
-            others.append(f"{path.name} not read: write its lines into a .jsonl or .csv file")
-        elif name != path.name and (reason := holds_no_lines(path, columns)):
-            others.append(f"{path.name} not read: {reason}")
-        elif name != path.name and files.setdefault(name, path) != path:
-            raise ValueError(f"{data} holds {name} twice: {files[name].name} and {path.name}")
+        elif path.suffix.lower() in UNREAD:
+            others.append(f"{path.name} not read: write its lines into a .jsonl file, one JSON "
+                          "object a line, or into a .csv file")
+        elif name != path.name:
+            if not path.is_file():
+                raise ValueError(f"{path} is no file, but a link that leads nowhere, a pipe or a "
+                                 "device: put a file there, or remove it")
+            if names := other_columns(path, columns):
+                others.append(f"{path.name} not read: its columns are {names}: name the prompt's "
+                              "and the answer's, such as --columns question,answer")
+            elif files.setdefault(name, path) != path:
+                raise ValueError(f"{data} holds {name} twice: {files[name].name} and {path.name}")
     return files, folders, others
 
 
-def holds_no_lines(file: Path, columns: Columns) -> str:
-    """Why a file is none of task lines, good or bad; "" if it is one, as each .jsonl is. Many a
-    .json or .csv is not."""
-    if file.suffix.lower() == ".jsonl":
-        return ""
-    with suppress(ValueError, RecursionError):
-        first = json.loads(next(filter(bytes.strip, raw_lines(file, columns)), b""))
-        if TABLE.search(file.name):
-            try:
-                form_of(first)
-            except ValueError:
-                return (f"its columns are {', '.join(map(str, first))}: name the prompt's and the "
-                        "answer's, such as --columns question,answer")
-        return "" if isinstance(first, dict) else "it holds no task lines"
-    return "" if TABLE.search(file.name) else "it holds no task lines"
+def is_visible(path: Path) -> bool:
+    """No hidden folder, and nothing that macOS (._*) and Emacs (.#*) put beside files."""
+    return not (path.name.startswith(("._", ".#")) or path.name[0] == "." and path.is_dir())
 
 
-def raw_lines(file: Path, columns: Columns = ()) -> list[bytes]:
-    """The lines of a file, in UTF-8; of a JSON list its items, of a table its rows as JSON objects,
-    in the place of the line where each ends. ValueError if it cannot be read.
-
-    Lines end at "\n" only: str.splitlines would also split at U+0085 and U+2028 inside strings.
-    """
-    content = file.read_bytes()
+def other_columns(file: Path, columns: Columns) -> str:
+    """The names of a table's columns, if they are those of no form of lines; else ""."""
+    row = dict[str, str]()
     try:
-        if not (encoding := json.detect_encoding(content)).startswith("utf-8"):
-            content = content.decode(encoding).encode()
-        content = content.removeprefix(codecs.BOM_UTF8)
-        if TABLE.search(file.name):
-            return table_rows(content, file.suffix.lower() == ".tsv", columns)
-        if content.lstrip()[:1] == b"[":
-            return [json.dumps(item).encode() for item in json.loads(content)]
-    except (RecursionError, ValueError) as e:
-        raise ValueError(f"it cannot be read: {e}") from None
-    return content.split(b"\n")
+        if TABLE.search(file.name) and not columns:
+            _, row = next(table_rows(file), (0, row))
+            form_of(row)
+    except ValueError:               # a table that cannot be read has no row: it is a bad file
+        return ", ".join(row)
+    return ""
 
 
-def table_rows(content: bytes, tabs: bool, columns: Columns) -> list[bytes]:
-    """The rows of a table as JSON objects, at the number of the line where each ends. Its first row
-    names the columns; of `columns`, two names, only these are read, as prompt and completion.
+def read_lines(file: Path, bad: BadLines, contents: Contents, columns: Columns = (),
+               ) -> list[list[Message]]:
+    """The conversations of a file. Lines that are none are added to `bad`; number 0 stands for a
+    table that cannot be read."""
+    conversations, lines = list[list[Message]](), list[tuple[int, Any]]()
+    try:
+        lines += table_rows(file, columns) if TABLE.search(file.name) else json_lines(file)
+    except ValueError as e:
+        bad[file, f"it cannot be read: {e}"].append(0)
+    for number, line in lines:
+        try:
+            messages = to_messages(parsed(line) if isinstance(line, bytes) else line, contents)
+            json.dumps(messages, ensure_ascii=False).encode()        # fails on half an emoji
+            conversations.append(Conversation(messages))
+        except (ValueError, RecursionError) as e:
+            bad[file, str(e)].append(number)
+    return conversations
 
-    Columns are separated by tabs, or by what the first row has more of, commas or semicolons (which
-    Excel writes where a comma is the decimal point). Quotes enclose fields, but with LOOSE_QUOTE in
-    a table with tabs they are text.
+
+def json_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, by number from 1. They end at "\n" only: splitlines
+    would also split at U+0085 and U+2028 inside strings."""
+    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            yield number, line
+
+
+def parsed(line: bytes) -> Any:
+    """The value of a line of JSON; ValueError if there is none."""
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"the line has {len(line):,} bytes; at most {LONGEST_LINE:,}")
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8: save the file as UTF-8") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"no JSON: {e.msg}, column {e.colno}") from None
+
+
+def table_rows(file: Path, columns: Columns = ()) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a table that are not blank, by the number of the line where each ends. Its first
+    row names the columns; of `columns`, two names, only these are read, as prompt and completion.
+
+    ValueError, with the line, if the table cannot be read.
     """
+    rows = csv_rows(file)
+    _, names = next(rows, (1, []))
+    names = [name.strip() for name in names]
+    if missing := [name for name in columns if name not in names]:
+        raise ValueError(f"it has no column {', '.join(missing)}; it has {', '.join(names)}")
+    for number, row in rows:
+        if len(row) != len(names):
+            raise ValueError(f"line {number} has {len(row)} fields where the first row names "
+                             f"{len(names)}; a text that holds a separator stands in quotes")
+        fields = dict(zip(names, row))
+        if columns:
+            prompt, completion = columns
+            fields = {"prompt": fields[prompt], "completion": fields[completion]}
+        yield number, fields
+
+
+def csv_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """The fields of each row that is not blank, by the number of the line where it ends.
+
+    What the first line has most of separates them: commas, semicolons (which Excel writes where a
+    comma is the decimal point) or tabs. ValueError with the first line of a row that cannot be
+    read.
+    """
+    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
         text = content.decode()
     except UnicodeDecodeError as e:
-        line = content[:e.start].count(b"\n") + 1
+        line = content.count(b"\n", 0, e.start) + 1
         raise ValueError(f"line {line} is not UTF-8: save the table as CSV UTF-8") from None
-    first = text.partition("\n")[0]
-    between = "\t" if tabs else max(",;", key=first.count)
-    loose = tabs and LOOSE_QUOTE.search(text)
-    rows = read_rows(csv.reader(io.StringIO(text, newline=""), delimiter=between, strict=True,
-                                quoting=csv.QUOTE_NONE if loose else csv.QUOTE_MINIMAL))
-    names, lines = [name.strip() for name in next(rows, (0, []))[1]], [b""]
-    if missing := [name for name in columns if name not in names]:
-        raise ValueError(f"it has no column {', '.join(missing)}; it has {', '.join(names)}")
-    if len({*names}) < len(names):
-        raise ValueError(f"two of its columns have one name: {', '.join(names)}")
-    for number, row in rows:
-        lines += [b""] * (number - 1 - len(lines))
-        if any(map(str.strip, row)) and len(row) != len(names):
-            raise ValueError(f"line {number} has {len(row)} fields where the first row "
-                             f"names {len(names)}; a text with {between!r} stands in quotes")
-        fields = dict(zip(names, row))
-        if columns:
-            fields = {key: fields.get(name, "") for key, name in
-                      zip(("prompt", "completion"), columns)}
-        lines.append(json.dumps(fields).encode() if any(map(str.strip, row)) else b"")
-    return lines
-
-
-def read_rows(reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """Each row of a csv.reader, with the number of its last line. ValueError with the first line of
-    a row that cannot be read."""
+    first_line = text.partition("\n")[0]
+    separator = max(",;\t", key=first_line.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     first = 1
     try:
         for row in reader:
-            yield reader.line_num, row
+            if any(map(str.strip, row)):
+                yield reader.line_num, row
             first = reader.line_num + 1
     except csv.Error as e:
         raise ValueError(f"line {first}: {e}") from None
+
+
+def refuse_lines(bad: BadLines) -> None:
+    """Raise ValueError if there are bad lines: how many, the first ten reasons, and their places.
+
+    A file is followed by its first three lines; number 0 stands for the file as a whole.
+    """
+    reasons = []
+    for (file, reason), numbers in bad.items():
+        first = f":{', '.join(map(str, numbers[:3]))}" if any(numbers) else ""
+        more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
+        reasons.append(f"{file}{first}{more}: {reason}")
+    if bad:
+        count = sum(map(len, bad.values()))
+        more = f"; and {len(reasons) - 10} more reasons" if len(reasons) > 10 else ""
+        raise ValueError(f"{count} bad line{'s' if count > 1 else ''}: "
+                         + "; ".join(reasons[:10]) + more)

@@ -1,27 +1,30 @@
-"""Task lines as chat messages that are checked. forms.py says which forms lines may have.
+"""Task lines as chat messages that are checked. A line has one of these forms:
 
-In each form may stand "tools", which messages call (tools.py), and "system", a text.
+    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
+    {"prompt": ..., "completion": ...}
+    {"instruction": ..., "input": ..., "output": ...}          ("input" may be absent or empty)
+    {"question": ..., "answer": ...}   {"text": ..., "label": ...}
+
+In each may stand "tools", which messages call (tools.py), and "system", a text.
 """
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from .files import Columns, raw_lines
-from .forms import FORMS, form_of, messages_of, text_of
-from .tokenizer import Message
-from .tools import Function, calls_of, functions, with_tools
+from .tools import Function, Message, calls_of, functions, with_tools
 
-LONGEST_LINE = 1 << 20           # bytes: about 250,000 tokens, more than any model reads
+# Form -> its keys; a line of the form has at least the first and the last.
+FORMS = {"messages": ("messages",), "prompt and completion": ("prompt", "completion"),
+         "instruction and output": ("instruction", "input", "output"),
+         "question and answer": ("question", "answer"), "text and label": ("text", "label")}
 ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_KEYS = ("role", "content", "name", "tool_call_id", "tool_calls", "weight")
 WEIGHTS = ("weight", "train")    # 0 or false: a message that is not trained on
-BadLines = defaultdict[tuple[Path, str], list[int]]      # (file, reason) -> numbers of lines
 
 
 class Conversation(list[Message]):
@@ -54,49 +57,6 @@ class Contents:
             (f"roles beside {', '.join(ROLES)}", roles)) if listing]
 
 
-def refuse_lines(bad: BadLines) -> None:
-    """Raise ValueError if there are bad lines: how many, the first ten reasons, and their places.
-
-    A file is followed by its first three lines; number 0 stands for the file as a whole.
-    """
-    reasons = []
-    for (file, reason), numbers in bad.items():
-        first = f":{', '.join(map(str, numbers[:3]))}" if any(numbers) else ""
-        more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
-        reasons.append(f"{file}{first}{more}: {reason}")
-    if bad:
-        count = sum(map(len, bad.values()))
-        more = f"; and {len(reasons) - 10} more reasons" if len(reasons) > 10 else ""
-        raise ValueError(f"{count} bad line{'s' if count > 1 else ''}: "
-                         + "; ".join(reasons[:10]) + more)
-
-
-def read_lines(file: Path, bad: BadLines, contents: Contents, columns: Columns = (),
-               ) -> list[list[Message]]:
-    """The conversations of a file; lines that are none are added to `bad`."""
-    conversations, lines = list[list[Message]](), list[bytes]()
-    try:
-        lines = raw_lines(file, columns)
-    except ValueError as e:
-        bad[file, str(e)].append(0)
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            if len(line) > LONGEST_LINE:
-                raise ValueError(f"the line has {len(line):,} bytes; at most {LONGEST_LINE:,}")
-            messages = to_messages(json.loads(line.decode("utf-8")), contents)
-            json.dumps(messages, ensure_ascii=False).encode()        # fails on half an emoji
-            conversations.append(Conversation(messages))
-        except UnicodeDecodeError:
-            bad[file, "it is not UTF-8: save the file as UTF-8"].append(number)
-        except json.JSONDecodeError as e:
-            bad[file, f"no JSON: {e.msg}, column {e.colno}"].append(number)
-        except (ValueError, RecursionError) as e:
-            bad[file, str(e)].append(number)
-    return conversations
-
-
 def to_messages(line: Any, contents: Contents | None = None) -> list[Message]:
     """One parsed line as messages, counted in `contents`; ValueError says what is wrong with it."""
     contents = contents or Contents()
@@ -111,6 +71,42 @@ def to_messages(line: Any, contents: Contents | None = None) -> list[Message]:
     taken = (*FORMS[form], "system", "tools")
     contents.ignored.update(key for key in line if key not in taken)
     return with_tools(with_system(messages, text_of(line, "system")), tools)
+
+
+def form_of(line: Mapping[str, Any]) -> str:
+    """The name of a line's form; ValueError if it is none of FORMS."""
+    for form, keys in FORMS.items():
+        if {keys[0], keys[-1]} <= line.keys():
+            return form
+    raise ValueError(f"needs {', or '.join(FORMS)}; it has "
+                     f"{', '.join(map(str, line)) or 'nothing'}")
+
+
+def messages_of(line: Mapping[str, Any], form: str) -> list[Any]:
+    """The messages of a line, those of "messages" as they stand there. ValueError if there is none,
+    or if a text is missing."""
+    if form == "messages":
+        if not isinstance(line[form], list) or not line[form]:
+            raise ValueError("messages is no list, or empty")
+        return line[form]
+    *texts, answer = (text_of(line, key) for key in FORMS[form])
+    question = "\n".join(filter(None, texts))
+    if not question.strip() or not answer.strip():
+        raise ValueError("the prompt or the answer is empty")
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def text_of(line: Mapping[str, Any], key: str) -> str:
+    """The text of a key; "" if the key is one that may be absent, and is; a label may be a number.
+    ValueError for others."""
+    text = line.get(key)
+    if key == "label" and type(text) is int:
+        return str(text)
+    if text is None and key in ("input", "system"):
+        return ""
+    if not isinstance(text, str):
+        raise ValueError(f"{key} must be a string, and is {type(text).__name__}")
+    return text
 
 
 def with_system(messages: Sequence[Message], system: str) -> list[Message]:
@@ -130,7 +126,7 @@ def refuse_reasoning(fields: Mapping[str, Any], place: str) -> None:
                          "answer, or remove it")
 
 
-def checked_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Function],
+def checked_messages(messages: Sequence[Any], tools: Sequence[Function],
                      contents: Contents) -> list[Message]:
     """Messages with the keys that templates read. ValueError says what is wrong with them."""
     checked: list[Message] = []
@@ -151,8 +147,10 @@ def checked_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Func
     return checked
 
 
-def checked_message(m: Mapping[str, Any], tools: Sequence[Function], before: Message) -> Message:
+def checked_message(m: Any, tools: Sequence[Function], before: Message) -> Message:
     """A message that follows `before`; one that is not trained on has weight 0."""
+    if not isinstance(m, dict) or not isinstance(m.get("role"), str):
+        raise ValueError("each message needs a string role and a string content")
     calls, answers = calls_of(m.get("tool_calls"), tools), m["role"] == "assistant"
     if not isinstance(m.get("content"), str | None if calls and before else str):
         raise ValueError("each message needs a string role and a string content")

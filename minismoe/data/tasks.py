@@ -1,7 +1,7 @@
 """From task files to batches: lines, chat messages, tokens and their labels, padded tensors.
 
 A task is a folder with train.jsonl and, preferably, valid.jsonl and test.jsonl, or one .jsonl file.
-files.py says which files are read, and forms.py what their lines hold.
+files.py says which files are read, and lines.py what their lines hold.
 """
 
 import os
@@ -18,8 +18,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..io.files import naming
 from ..method.loss import IGNORE
-from .files import TABLE, WORDS, Columns, scan, task_places
-from .lines import BadLines, Contents, Conversation, read_lines, refuse_lines
+from .files import (
+    TABLE,
+    WORDS,
+    BadLines,
+    Columns,
+    read_lines,
+    refuse_lines,
+    scan,
+    task_places,
+)
+from .lines import Contents, Conversation
 from .tokenizer import Message, Tokenizer
 
 MOST_CHOICES = 300               # answers of a task that are still a small set
