@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
 from functools import partial
 from typing import Any
 
@@ -15,66 +14,23 @@ from ..io.text import clean
 # A grammar cannot count how many parts of a oneOf fit, so any of them may.
 FORMAT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ",
                          "key_separator": ": ", "coerce_one_of": True}}
-COMBINED, NAMING = {"anyOf", "oneOf", "$ref", "patternProperties"}, {"properties", "required"}
 CALLS = 8                                    # of one answer: small models go on calling
-EXCLUDING = ("exclusiveMinimum", "exclusiveMaximum")
-BOUNDS = ("minimum", "maximum", *EXCLUDING)
-LARGEST, MULTIPLE = 32_000, 50_000           # bytes of a schema, and product of its multipleOf
+LARGEST = 32_000                             # bytes of a schema
 
 
 def json_grammar(schema: Any) -> str:
     """The grammar of a JSON value that a schema describes; ValueError if the schema is no object,
-    or has bounds that llguidance does not keep."""
+    or larger than LARGEST."""
     if not isinstance(schema, dict):
         raise ValueError("the schema is no JSON object")
     return f"start: {_json(schema)}"
 
 
-def _json(schema: Any) -> str:
-    """A value by a schema, whose objects have no property that it does not name, unless it says so.
-
-    JSON schema allows others, and small models go on adding some. Where a part combines schemas,
-    which may not know each other's names, or has constants that look like schemas, all objects of
-    the schema may have others.
-    """
-    text = json.dumps(schema)
+def _json(schema: Mapping[str, Any]) -> str:
+    text = json.dumps({**schema, **FORMAT})
     if len(text) > LARGEST:                  # to compile it would take long
         raise ValueError(f"the schema has {len(text):,} bytes: at most {LARGEST:,} are read")
-    combines, multiple = '"allOf"' in text, 1
-
-    def close(part: dict[str, Any]) -> dict[str, Any]:
-        """A part of the schema, read from its leaves up, whose objects have no other properties."""
-        nonlocal combines, multiple
-        _refuse_bounds(part)
-        if type(factor := part.get("multipleOf")) in (int, float):
-            # llguidance counts in units of the last digit: of 0.25, in hundredths.
-            digits = f"{Decimal(str(factor)):f}".replace(".", "")
-            multiple *= max(1, int(digits))
-        if multiple > MULTIPLE:              # its automaton has so many states
-            raise ValueError("the numbers of multipleOf in the schema have a product above "
-                             f"{MULTIPLE:,}, without decimal points: give smaller ones")
-        constants = json.dumps([part.get(key) for key in ("const", "enum", "default", "examples")])
-        combines = combines or bool(part.keys() & COMBINED and part.keys() & NAMING)
-        combines = combines or "properties" in constants             # objects, and no schemas
-        if part.get("type") == "object" and "properties" in part:
-            part.setdefault("additionalProperties", False)
-        return part
-
-    closed = json.loads(text, object_hook=close)
-    return f"%json {json.dumps({**(schema if combines else closed), **FORMAT})}"
-
-
-def _refuse_bounds(part: Mapping[str, Any]) -> None:
-    """Raise ValueError for bounds that llguidance 1.9 breaks: those of more than 64 bits, and a
-    whole number that is excluded, if the other bound is less than 1 away."""
-    bounds = {key: part[key] for key in BOUNDS if isinstance(part.get(key), int | float)}
-    low, high = min(bounds.values(), default=0), max(bounds.values(), default=0)
-    excludes = any(key in EXCLUDING and bound % 1 == 0 for key, bound in bounds.items())
-    if max(-low, high) >= 1 << 63 or excludes and len(bounds) > 1 and high - low < 1 and (
-            part.get("type") != "integer"):
-        raise ValueError(f"the grammar cannot keep the schema's bounds {json.dumps(bounds)}: give "
-                         "bounds below 2^63, and none that excludes a whole number and is less "
-                         "than 1 from the other one")
+    return f"%json {text}"
 
 
 def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function]) -> str:
@@ -99,6 +55,8 @@ def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function]) -> str:
     for number, tool in enumerate(tools):
         name = json.dumps(tool["function"]["name"], ensure_ascii=False)
         schema = {"type": "object", **(tool["function"].get("parameters") or {})}
+        if "properties" in schema:           # small models go on adding arguments
+            schema.setdefault("additionalProperties", False)
         rules.append(f"call{number}: {text(head + name + middle)} {_json(schema)} {end}")
     if ids and ids[0] in tokenizer.special.values():             # as Mistral's [TOOL_CALLS]
         start = f"TEXT (<[{ids[0]}]> {before} body)?"
@@ -160,7 +118,8 @@ def new_matcher(tokens: Any, grammar: str) -> Any:
     from llguidance import LLMatcher
     wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokens)
     if wrong:
-        raise ValueError(f"the schema cannot be compiled: {clean(' '.join(messages[0].split()))}")
+        reason = messages[0].partition("\n   1 | ")[0]   # then it shows the whole grammar
+        raise ValueError(f"the schema cannot be compiled: {clean(' '.join(reason.split()))}")
     return LLMatcher(tokens, grammar, log_level=0)
 
 

@@ -1,9 +1,6 @@
 """Answers that a grammar holds: JSON by random schemas, and calls as templates write them."""
 
-import itertools
 import json
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,68 +100,16 @@ def test_tokens_that_alone_may_follow_are_read_in_one_step(generator, monkeypatc
 @pytest.mark.parametrize("schema, message", [
     ({"type": "strange"}, "the schema cannot be compiled: .*strange"),
     ({"not": {}}, "the schema cannot be compiled: .*not"),
-    ({"type": "integer", "multipleOf": 50_001}, "have a product above 50,000"),
-    ({"type": "integer", "multipleOf": 0.999999}, "have a product above 50,000"),
-    ({"allOf": [{"multipleOf": 999}, {"multipleOf": 51}]}, "have a product above 50,000"),
     ({"properties": {f"p{n}": {} for n in range(8000)}}, "at most 32,000 are read"),
     ({"$ref": "#/nowhere"}, "cannot be compiled"), ([], "the schema is no JSON object"),
-    ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "the grammar cannot keep the"),
-    ({"type": "object", "properties": {"a": {"maximum": 1.5, "exclusiveMinimum": 1}}},
-     'the schema.s bounds {"maximum": 1.5, "exclusiveMinimum": 1}'),
-    ({"type": "integer", "minimum": 10 ** 30, "maximum": 10 ** 30}, "give bounds below 2.63"),
     ({"type": "string", "pattern": "(?=x)"}, "cannot be compiled: .*look-around")])
 def test_a_schema_that_cannot_be_compiled_is_one_line_before_anything_is_read(
         generator, schema, message) -> None:
     generator.reset()
     with pytest.raises(ValueError, match=message) as refused:
         list(generator.generate("x", grammar=json_grammar(schema)))
-    assert "\n" not in str(refused.value) and generator.cache.tokens == []
-
-
-def test_the_largest_multiples_compile_in_a_second(generator) -> None:
-    start = time.process_time()
-    for multiple in 49_999, 0.49999, 0.01:
-        generator.matcher(json_grammar({"type": "integer", "multipleOf": multiple}))
-    assert time.process_time() - start < 2
-
-
-def test_bounds_are_kept_or_refused() -> None:
-    """By numbers at the bounds and beside them."""
-    tokenizer, kept = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>"), 0
-    for low, lower, high, upper in itertools.product(
-            (-0.5, 0, 5), ("minimum", "exclusiveMinimum"),
-            (0, 0.5, 1, 5.5), ("maximum", "exclusiveMaximum")):
-        schema = {"type": "number", lower: low, upper: high}
-        with suppress(ValueError):           # refused, or a number as 0.5.0
-            for text in (f"{bound:g}{more}" for bound in (low, high) for more in ("", ".0", ".01")):
-                if accepts(tokenizer, json_grammar(schema), text):
-                    jsonschema.validate(json.loads(text), schema)
-                    kept += 1
-    assert kept > 30
-
-
-def test_objects_have_no_property_that_the_schema_does_not_name() -> None:
-    """Unless it says so, or its parts do not know each other's names."""
-    tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>")
-    inner = {"type": "object", "properties": {"a": {"type": "null"}}}
-    nested = '{"a": {"a": null, "b": 1}}'
-    for schema, text, accepted in (
-            (inner, '{"a": null}', True), (inner, '{"a": null, "b": 1}', False),
-            (inner | {"additionalProperties": True}, '{"a": null, "b": 1}', True),
-            ({"type": "object"}, '{"b": 1}', True),
-            ({"type": "object", "properties": {"a": inner}}, nested, False),
-            ({"allOf": [inner, {"type": "object", "properties": {"b": {"type": "integer"}}}]},
-             '{"a": null, "b": 1}', True),
-            (inner | {"required": ["a"], "anyOf": [{
-                "type": "object", "properties": {"b": {}}, "required": ["b"]}]},
-             '{"a": null, "b": 1}', True),
-            ({"properties": {"b": {}}, "required": ["b"], "anyOf": [inner]},
-             '{"b": 1, "a": null}', True),
-            ({"oneOf": [inner, {"type": "integer"}]}, "7", True),
-            (inner | {"oneOf": [{"required": ["a"]}]}, '{"a": null}', True),
-            ({"const": inner}, json.dumps(inner), True),
-            ({"enum": [inner]}, json.dumps(inner), True)):
-        assert accepts(tokenizer, json_grammar(schema), text) == accepted, (schema, text)
+    assert "\n" not in str(refused.value) and "%json" not in str(refused.value)
+    assert generator.cache.tokens == []
 
 
 def test_the_tokens_of_a_file_are_masked_as_they_are(bpe) -> None:
@@ -186,8 +131,8 @@ def test_the_tokens_of_a_file_are_masked_as_they_are(bpe) -> None:
 # Calls
 
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {
-    "type": "object", "properties": properties, "required": [*properties],
-    "additionalProperties": False}}} for name, properties in (
+    "type": "object", "properties": properties, "required": [*properties]}}}
+    for name, properties in (
     ("light", {"room": {"enum": ["hall", "café"]}, "on": {"type": "boolean"}}),
     ("wait", {"minutes": {"type": "integer", "minimum": 1, "maximum": 9}}))]
 START, NEXT = "{% for c in m.tool_calls or [] %}", "{% endfor %}"
@@ -242,7 +187,7 @@ def test_calls_are_held_to_the_offered_functions(form, tags) -> None:
     assert {c["function"]["name"] for c in parsed["tool_calls"]} == {"wait"}
     assert accepts(tokenizer, grammar, call)
     for bad in (call.replace("wait", "open"), call.replace("3", "33"), call.replace("3", '"3"'),
-                call.replace("minutes", "hours"), call[:-3]):
+                call.replace("3}", '3, "hours": 1}'), call.replace("minutes", "hours"), call[:-3]):
         assert not accepts(tokenizer, grammar, bad)
     for text in "Sure, it is on.", "", "a {b} [c] <d>\né":
         assert accepts(tokenizer, grammar, text)
