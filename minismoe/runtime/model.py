@@ -3,6 +3,10 @@
 Letters: T new tokens, P past positions, V vocabulary, N last tokens that have logits.
 """
 
+from __future__ import annotations
+
+import ctypes
+import math
 import os
 import sys
 import threading
@@ -18,7 +22,7 @@ from ..io.files import naming
 from ..io.process import give_back_memory, huge_page_ranges, use_huge_pages
 from .cache import FixedCache, GraphCache, SharedCache
 from .drafts import read_drafts
-from .folder import graph_of, plain_file, read_info
+from .folder import FLOAT, INT64, graph_of, plain_file, read_info
 from .npu import NpuSteps, SlotCache
 from .providers import CPU, Device, find_device, nodes_by_provider, open_session, preferred
 
@@ -29,7 +33,7 @@ LARGE = 32 << 20                             # bytes of a model: more than most 
 class CachedModel:
     """The graphs of a folder, and the cache of what they have read; arguments as of `Generator`."""
 
-    _version = 0                 # how often the cache was emptied, cut or changed
+    version = 0                 # how often the cache was emptied, cut or changed
 
     def __init__(self, folder: str | Path, provider: str | None = None,
                  threads: int | None = None, verify: bool = False):
@@ -113,7 +117,7 @@ class CachedModel:
         self._renew_cache()
 
     def _renew_cache(self) -> None:
-        self._version += 1
+        self.version += 1
         self.__dict__.pop("cache", None)     # first: a GPU may not hold both
         self.cache = self._kind(self.session, self.info, self._memory, self._adapter,
                                 self._step_tokens)
@@ -125,7 +129,7 @@ class CachedModel:
     def _share_cache(self, tokens: list[int]) -> None:
         """Let the cache hold a beginning of `tokens`, and nothing else: as much as it has of it or,
         if it cannot be cut, nothing."""
-        self._version += 1
+        self.version += 1
         if not self.cache.cut(len(os.path.commonprefix([self.cache.tokens, tokens]))):
             self._renew_cache()
 
@@ -151,6 +155,23 @@ class CachedModel:
                 self.reset()
                 raise
         return logits
+
+    def likeliest(self, logits: memoryview[float]) -> tuple[list[float], list[int], float]:
+        """The largest of logits (V,), sorted, their tokens, and log(sum(exp(logits))).
+        Raises ArithmeticError if the logits are not numbers."""
+        size = self.candidates
+        values, logprobs = (ctypes.c_float * size)(), (ctypes.c_float * size)()
+        tokens = (ctypes.c_int64 * size)()
+        io = self._sampler.io_binding()
+        io.bind_input("logits", "cpu", 0, FLOAT, [1, 1, len(logits)],
+                      ctypes.addressof(ctypes.c_char.from_buffer(logits)))
+        for name, kind, array in (("values", FLOAT, values), ("indices", INT64, tokens),
+                                  ("logprobs", FLOAT, logprobs)):
+            io.bind_output(name, "cpu", 0, kind, [1, size], ctypes.addressof(array))
+        self._sampler.run_with_iobinding(io)
+        if not sum(values) < math.inf:       # nan, too
+            raise ArithmeticError("the model's logits are not numbers")
+        return [*values], [*tokens], values[0] - logprobs[0]
 
     def step(self, tokens: Sequence[int]) -> ort.OrtValue:
         """Run the graph once, on 1 to T tokens; returns its logits (1, N, V)."""

@@ -148,7 +148,7 @@ class Terminal:
         for start in (first, *later):
             kept = with_tools([*chat[:first], *chat[start:]], self.tools)
             with suppress(ValueError):
-                generator.encoded([kept], generator.context // 8)
+                generator.encoded(kept, generator.context // 8)
                 if start > first:
                     print("[the oldest turns are forgotten: the context is full]", file=sys.stderr)
                 return kept
@@ -196,8 +196,10 @@ class Terminal:
             print(f"[the answer was cut at {self.args.max_tokens} tokens]", file=sys.stderr)
         if self.args.stats and len(times) > 1:
             first, rest, count = times[1] - times[0], times[-1] - times[1], len(times) - 2
-            _print_stats(f"first token {first:.3f} s, prompt {answer.read_tokens / first:.0f} "
-                         f"tokens/s and {answer.cached_tokens} from the cache, {count + 1} tokens "
+            cached = answer.reader.cached_tokens
+            read = len(answer.reader.prompt) - cached
+            _print_stats(f"first token {first:.3f} s, prompt {read / first:.0f} "
+                         f"tokens/s and {cached} from the cache, {count + 1} tokens "
                          f"at {count / rest if rest else 0:.0f} tokens/s, "
                          f"{(count + (ended == 'stop')) / max(1, answer.steps):.2f} tokens a step")
         return said, message, ended, answer.logprob

@@ -461,7 +461,7 @@ def test_drafts_save_steps_and_change_nothing(model: Path, library: Path) -> Non
     plain = App(library, model)
     said = [plain.ask(q, most=24) for q in QUESTIONS]
     assert plain.result.steps == plain.result.tokens - 1
-    write_drafts(model, make_drafts([(generator.encoded([p])[0], i) for p, i in zip(prompts, ids)]))
+    write_drafts(model, make_drafts([(generator.encoded(p), i) for p, i in zip(prompts, ids)]))
     generator, app, steps = Generator(tasked(model, {}), threads=1), App(library, model), 0
     for question, asked, text in zip(QUESTIONS, prompts, said):
         assert app.ask(question, most=24) == text

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
-from minismoe.runtime import Generator
-from minismoe.runtime import generator as writer
+from minismoe.runtime import Generator, generation
 from minismoe.runtime.grammar import (
     call_grammar,
     follow,
@@ -91,7 +90,7 @@ def test_tokens_that_alone_may_follow_are_read_in_one_step(generator, monkeypatc
         tokens = [*answer]
         assert len(generator.sizes) <= 5 and len(tokens) <= limit
         with monkeypatch.context() as m:
-            m.setattr(writer, "follow", lambda matcher, token, most: follow(matcher, token, 0))
+            m.setattr(generation, "follow", lambda matcher, token, most: follow(matcher, token, 0))
             single = generator.generate("x", limit, json_grammar(schema))
             assert ([*single], single.ended) == (tokens, answer.ended)
     assert answer.ended == "max_tokens"
