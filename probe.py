@@ -22,7 +22,6 @@ from minismoe.cli.inputs import load_inputs, print_examples, resolve_auto
 from minismoe.io.drawing import terminal_heatmap
 from minismoe.io.files import must_be_writable, write_json
 from minismoe.io.flags import flag, from_flags, new_parser, text
-from minismoe.io.text import clean
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         write_json(run / "allocation.json", allocation.to_json())
 
     for task, values in scores.items():
-        print(terminal_heatmap(f"sensitivity of {clean(task)}", values, scale="log"))
+        print(terminal_heatmap(f"sensitivity of {task}", values))
     probing.print_experts(inputs.model, allocation)
     print(f"{allocation} of {len(scores.shapes)}, "
           f"{allocation.trainable_parameters:,} trainable parameters")

@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -37,8 +36,6 @@ from minismoe.model.decoder import meta_model
 from minismoe.training.evaluate import SHOWN, Judgement, evaluating, judge
 from minismoe.training.loop import train, with_rate
 from minismoe.training.plan import TaskPlan, plan_table, plan_tasks
-from minismoe.training.schedule import default_lr
-from minismoe.training.verdict import advice, fifths, read_metrics
 
 
 def main(argv: Sequence[str]) -> None:
@@ -123,28 +120,15 @@ def train_and_evaluate(run: Path, config: RunConfig, inputs: Inputs, allocation:
                     config.resume, valid, bool(config.init))
     seconds["train"] = round(summary["seconds"], 2)
     if summary["step"]:
-        results.draw_losses(run, summary["kept"])
         print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s; "
               f"{summary['choice']}")
     save_adapter(inputs.model, run / "adapter", allocation, [task.name for task in inputs.tasks])
 
     # Evaluate again, and save what came out.
     after = before if before and not summary["step"] else score(inputs, "after", config, plans)
-    losses, to_try = what_next(run, config, inputs, plans, after)
     results.save_results(run, known, after, {
         "trainable_parameters": trainable, "experts": sum(allocation.experts.values()),
-        "kept": summary["choice"], "seconds": seconds}, losses, to_try)
-
-
-def what_next(run: Path, config: RunConfig, inputs: Inputs, plans: Mapping[str, TaskPlan],
-              after: Mapping[str, Judgement]) -> tuple[dict[str, float], dict[str, str]]:
-    """By task, the loss of training lines in the last fifth of the steps, and what to try next."""
-    metrics, usual = read_metrics(run / "metrics.jsonl")[1], default_lr(inputs.model)
-    losses = {name: fifths(name, metrics) for name in plans if any(name in m for m in metrics)}
-    default = plan_tasks([*chain(*inputs.encoded.values())], (), replace(config, epochs=None))
-    return {name: of_task[-1] for name, of_task in losses.items()}, {
-        name: advice(inputs.encoded[name], plans[name], default[name], of_task,
-                     after[name]["loss"], config, usual) for name, of_task in losses.items()}
+        "kept": summary["choice"], "seconds": seconds})
 
 
 @torch.no_grad()

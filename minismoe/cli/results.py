@@ -1,4 +1,4 @@
-"""What a run reached: before.json, after.json, results.json and loss.svg, and their tables."""
+"""What a run reached: after.json, results.json and loss.svg, and their table."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from ..io import files
 from ..io.drawing import loss_svg
 from ..io.text import clean, clip, table
 from ..training.evaluate import Accuracy, Judgement
-from ..training.verdict import read_metrics
+from ..training.verdict import read_losses, verdict
 from .inputs import Inputs
 from .runs import saved_config
 
@@ -55,12 +55,14 @@ def results_json(before: Mapping[str, Judgement], after: Mapping[str, Judgement]
 
 
 def save_results(run: Path, before: Mapping[str, Judgement], after: Mapping[str, Judgement],
-                 facts: Mapping[str, Any], train_loss: Mapping[str, float],
-                 to_try: Mapping[str, str]) -> None:
-    """Write after.json and results.json; print one table of results, and the sample answers.
-
-    train_loss and to_try: by task, the loss of training lines at the end, and what to try next.
-    """
+                 facts: Mapping[str, Any], mark: int | None = None) -> None:
+    """Write after.json, results.json and, after a step, loss.svg, where a dashed line stands at
+    the step `mark`; print one table of results, what to try next, and the sample answers."""
+    losses = read_losses(run / "metrics.jsonl")
+    if losses:
+        with files.replacing(run / "loss.svg") as tmp:
+            tmp.write_text(loss_svg(losses, mark), encoding="utf-8")
+    verdicts = {name: verdict(of_task, after[name]["loss"]) for name, of_task in losses.items()}
     results, answers = results_json(before, after, facts), dict[str, Any]()
     for name, trained in after.items():
         samples = [{"prompt": old["prompt"], "expected": old["expected"], "before": old["given"],
@@ -69,8 +71,8 @@ def save_results(run: Path, before: Mapping[str, Judgement], after: Mapping[str,
         answers[name] = trained | {"samples": samples}
     files.write_json(run / "after.json", answers)
     files.write_json(run / "results.json", results)
-    print(results_table(results, train_loss))
-    for name, hint in to_try.items():
+    print(results_table(results, {name: loss for name, (loss, _) in verdicts.items()}))
+    for name, (_, hint) in verdicts.items():
         if hint:
             print(f"{clean(name)}: {hint}")
     for name, content in answers.items():
@@ -97,10 +99,3 @@ def results_table(results: Mapping[str, Any], train_loss: Mapping[str, float]) -
         rows.append(["mean", *[""] * 4, number(mean["before"]), number(mean["after"]), "", ""])
     return table(["task", "training loss", "test loss before", "after", "token accuracy",
                   "exact match before", "after", "95 % interval", "answers"], rows)
-
-
-def draw_losses(run: Path, kept: int) -> None:
-    """Write loss.svg, the picture of metrics.jsonl, with a mark at the step `kept`."""
-    losses, _, valid = read_metrics(run / "metrics.jsonl")
-    with files.replacing(run / "loss.svg") as tmp:
-        tmp.write_text(loss_svg(dict(enumerate(losses, 1)), valid, kept), encoding="utf-8")

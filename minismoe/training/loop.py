@@ -256,5 +256,4 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             raise Interrupted(f"saved after step {state['step']} of {steps}", signals[0])
     trainer.finish()
     return {**{k: state[k] for k in ("step", "tokens", "seconds", "loss")},
-            "kept": state["best_step"] if trainer.best else state["step"],
             "choice": trainer.choice(state, steps)}

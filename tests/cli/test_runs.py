@@ -24,7 +24,6 @@ from minismoe.data.tokenizer import load_tokenizer
 from minismoe.io.files import read_json, write_json
 from minismoe.method.allocate import AllocationSettings
 from minismoe.runtime.folder import trained_system
-from minismoe.training import verdict
 
 
 def test_results_hold_shares_intervals_and_their_mean() -> None:
@@ -251,9 +250,8 @@ def test_a_run_goes_on_from_the_experts_of_another_or_judges_them(inputs, tmp_pa
         assert tasks[1][name]["loss"]["after"] == tasks[1][name]["loss"]["before"]
         assert tasks[2][name]["loss"]["after"] != tasks[2][name]["loss"]["before"]
     assert (first / "loss.svg").is_file() and not (judged / "loss.svg").exists()
-    _, _, valid = verdict.read_metrics(more / "metrics.jsonl")
-    assert [*valid][0] == 0 and (more / "loss.svg").is_file()
-    assert verdict.read_metrics(judged / "metrics.jsonl") == ([], [], {})
+    assert (more / "metrics.jsonl").read_text().startswith('{"step": 0, "valid_loss": ')
+    assert (more / "loss.svg").is_file() and not (judged / "metrics.jsonl").read_text()
     adapters = [(run / "adapter" / "adapter.safetensors").read_bytes() for run in (first, judged)]
     assert adapters[0] == adapters[1]
     config = read_json(first / "config.json")

@@ -1,90 +1,46 @@
-"""What is drawn is where it belongs, fits, and lets no control character through.
+"""Pictures show each value where it belongs, and fit a terminal."""
 
-drawings.txt holds pictures that were looked at; `PYTHONPATH=. python tests/io/test_drawing.py`
-writes it anew after a change that is meant.
-"""
-
-import re
-from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from minismoe.io.drawing import grid, loss_svg, terminal_heatmap
-from minismoe.io.text import clean
+from minismoe.io.drawing import loss_svg, terminal_heatmap
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-DRAWINGS = Path(__file__).with_name("drawings.txt")
 
 
-def model(layers: int) -> dict[str, float]:
-    return {f"model.layers.{i}.{kind}": 1.0 + i for i in range(layers) for kind in KINDS}
+def test_a_shade_tells_the_fifth_of_a_value_and_digits_the_value() -> None:
+    values = {f"model.layers.{layer}.{kind}": 10.0 ** (layer + 2 * i)
+              for layer in range(5) for i, kind in enumerate(KINDS[:2])}
+    del values["model.layers.3.self_attn.k_proj"]
+    assert terminal_heatmap("scores\x1b", values).splitlines() == [
+        "scores\ufffd", "q     · · ░ ▒ ▓", "k     ░ ▒ ▓   █", "layer 0 1 2 3 4",
+        "from the lowest fifth · ░ ▒ ▓ █ to the highest"]
+    counts = {f"model.layers.{layer}.mlp.up_proj": 5 * layer for layer in (0, 2, 10)}
+    assert terminal_heatmap("experts", counts, digits=True).splitlines() == [
+        "experts", "up     · 10 50", "layer  0  2 10"]
 
 
-def test_grid_orders_layers_as_numbers_and_keeps_modules_apart_that_end_alike():
-    layers, projections, found = grid({
-        "lm_head": 9.0, "model.layers.10.mlp.down_proj": 1.0, "model.layers.2.mlp.fc1": 3.0,
-        "model.layers.2.self_attn.o_proj": 2.0, "model.layers.2.self_attn.q_proj": 4.0,
-        "model.layers.2.experts.1.fc1": 5.0})
-    assert layers == ["2", "10", "-"]
-    assert projections == ["q", "o", "down", "lm_head", "fc1", "model.layers.*.experts.1.fc1"]
-    assert found == {("-", "lm_head"): 9.0, ("10", "down"): 1.0, ("2", "o"): 2.0,
-                     ("2", "fc1"): 3.0, ("2", "q"): 4.0,
-                     ("2", "model.layers.*.experts.1.fc1"): 5.0}
+@pytest.mark.parametrize("layers, blocks", [(1, 1), (24, 1), (30, 2), (126, 7)])
+def test_a_heat_map_fits_a_terminal_and_loses_no_cell(layers: int, blocks: int) -> None:
+    counts = {f"model.layers.{i}.{kind}": 3 for i in range(layers) for kind in KINDS}
+    text = terminal_heatmap("experts", counts, digits=True)
+    numbers = [line.split() for line in text.splitlines()[1:]]
+    assert max(map(len, text.splitlines())) <= 80
+    assert len([line for line in numbers if line[0] == "layer"]) == blocks
+    assert [n for line in numbers if line[0] == "layer" for n in line[1:]] == [
+        str(i) for i in range(layers)]
+    assert sum(line[1:].count("3") for line in numbers if line[0] != "layer") == 7 * layers
 
 
-@pytest.mark.parametrize("layers", [1, 4, 30, 37, 38, 80, 126])
-@pytest.mark.parametrize("digits", [False, True])
-def test_heatmap_never_exceeds_80_columns_and_loses_no_cell(layers, digits):
-    counts = {name: 1 + i % 12 for i, name in enumerate(model(layers))}
-    for color in (False, True):
-        text = terminal_heatmap("t" * 100, counts, digits=digits, color=color)
-        plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-        assert max(map(len, plain.splitlines())) <= 80
-        assert digits or plain.count("layer") == (1 if layers <= 74 else 2)  # blocks
-        painted = text.count("\x1b[48;5;") - 14  # less the legend's own
-        assert painted == (7 * layers if color else -14)
-
-
-def test_color_follows_the_terminal_and_no_color(monkeypatch):
-    for terminal, no_color, seen in (True, "", True), (True, "1", False), (False, "", False):
-        monkeypatch.setattr("sys.stdout.isatty", lambda t=terminal: t, raising=False)
-        monkeypatch.setenv("NO_COLOR", no_color)
-        assert ("\x1b" in terminal_heatmap("", model(2))) == seen
-
-
-ANY = st.text(st.characters(codec=None, exclude_categories=()))        # surrogates, too
-
-
-@given(ANY, ANY, st.floats(), st.sampled_from(["linear", "log"]))
-def test_no_name_or_value_breaks_a_drawing(task, name, value, scale):
-    for values in ({f"layers.3.{name}": value, name: value, "layers.4.q_proj": 1.0},
-                   dict.fromkeys(model(3), value), {}):
-        text = terminal_heatmap(task, values, scale=scale, color=False)
-        assert text == clean(text, "\n")
-        assert text.count("\n") == (len(grid(values)[1]) + 2 if values else 1)
-        assert terminal_heatmap(task, values, scale=scale, color=True)
-
-
-def drawings() -> str:
-    """Small pictures of each kind; escapes are readable."""
-    many = {f"layers.{i}.q_proj": 1.0 + i for i in range(26)} | {
-        f"layers.3.{'long_' * 9}projection": 0.5}
-    zero = {f"layers.{i}.{kind}": 10.0 ** i for i in range(4) for kind in KINDS[3:]} | {
-        "layers.4.mlp.up_proj": 0.0}
-    shades = (terminal_heatmap("t" * 90, many, scale=scale, color=color).replace("\x1b", "ESC")
-              for scale, color in (("linear", False), ("log", True)))
-    return "\n\n".join([
-        loss_svg({1: 4.0, 2: 2.0, 3: 1.0}, {2: 3.0}, 2), *shades,
-        terminal_heatmap("a zero", zero, scale="log", color=False),
-        terminal_heatmap("counts", dict.fromkeys(many, 12), digits=True, color=False)]) + "\n"
-
-
-def test_drawings_are_those_that_were_looked_at() -> None:
-    assert drawings() == DRAWINGS.read_text(encoding="utf-8")
-
-
-if __name__ == "__main__":
-    DRAWINGS.write_text(drawings(), encoding="utf-8")
+def test_losses_are_a_line_a_task_and_a_dashed_one_at_the_mark() -> None:
+    svg = ElementTree.fromstring(loss_svg({"a<b\x1b": {1: 4.0, 2: 2.0, 4: 0.0}, "c": {2: 1.0}}, 2))
+    shapes = [(shape.tag.rpartition("}")[2], shape) for shape in svg]
+    assert [shape.get("points") for kind, shape in shapes if kind == "polyline"] == [
+        "140.0,10.0 240.0,110.0 440.0,210.0", "240.0,160.0"]
+    assert [shape.text for kind, shape in shapes if kind == "text"] == [
+        "4", "0", "loss", "step 4", "a<b\ufffd", "c"]
+    (dashed,) = (shape for _, shape in shapes if shape.get("stroke-dasharray"))
+    assert dashed.get("d") == "M240.0,10V210"
+    assert "stroke-dasharray" not in loss_svg({"a": {1: 0.0}})       # no mark; a loss of 0
