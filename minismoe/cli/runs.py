@@ -2,15 +2,12 @@
 
 import platform
 import shlex
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..io import files
 from ..io.flags import as_flags, from_flags, new_parser, option, wrong_value
@@ -24,8 +21,7 @@ from .probing import read_allocation
 from .script import command, working_in
 
 # Flags that a resumed run may change; of UPDATED, its config.json then holds the new values.
-ROUNDING = ("device", "micro_batch_size")    # these change the order of sums
-UPDATED = ("model", "data", "checkpoint_every", "recompute", *ROUNDING)
+UPDATED = ("model", "data", "checkpoint_every", "recompute", "device", "micro_batch_size")
 RESUMABLE = ("out", "resume", "debug", "show", *UPDATED)
 # Flags that export.py takes over from a run.
 EXPORTED = ("model", "data", "columns", "only_tasks", "system", "limit_train", "limit_test",
@@ -139,8 +135,8 @@ def saved_config(run: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{run} holds no run: config.json is missing. Name the folder of a "
                                 "run, or begin one without --resume")
     config = files.read_json(file)
-    form = {"arguments": dict, "identity": dict, "versions": dict, "threads": int}
-    if lacks := [name for name, kind in form.items() if not isinstance(config.get(name), kind)]:
+    if lacks := [name for name in ("arguments", "identity")
+                 if not isinstance(config.get(name), dict)]:
         raise ValueError(f"{file} is not of a run: it lacks {', '.join(lacks)}")
     flags, saved = {f.name: f for f in fields(RunConfig) if f.metadata}, config["arguments"]
     if other := sorted(flags.keys() ^ saved.keys()):
@@ -163,48 +159,36 @@ def read_run(run: Path) -> InputConfig:
 
 def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation,
                  plans: Mapping[str, TaskPlan]) -> None:
-    """Write config.json, which makes a folder a run; of a resumed run, with its new flags.
-
-    What may change the last bits of a resumed run is told on stderr. Raises ValueError that lists
-    what differs of the model, the tasks and the allocation.
-    """
-    now: dict[str, Any] = {
-        "format": "minismoe.run/1", "arguments": as_flags(config),
-        "plan": {task: vars(plan) for task, plan in plans.items()},
-        "identity": inputs.identity | {
-            "the allocation": files.sha256_of_json(allocation.to_json())[:16]},
-        "versions": versions(), "machine": platform.platform(), "threads": torch.get_num_threads()}
+    """Write config.json, which makes a folder a run; of a resumed run, with its new flags. Raises
+    ValueError that names what differs of the model, the tasks and the allocation."""
+    identity = inputs.identity | {
+        "the allocation": files.sha256_of_json(allocation.to_json())[:16]}
     if config.init:
         file = Path(config.init) / "adapter" / "adapter.safetensors"
-        now["identity"]["the adapter of --init"] = files.sha256(file)[:16]
+        identity["the adapter of --init"] = files.sha256(file)[:16]
     if config.resume:
-        saved = saved_config(run)
-        if changes := differences(now["identity"], saved["identity"]):
-            raise ValueError(f"{run} began with other inputs: {changes}; if they are the same, "
-                             "another version of minismoe began it: train again without --resume")
-        here, there = ({**c["versions"], **{name: c["arguments"][name] for name in ROUNDING}}
-                       for c in (now, saved))
-        if changes := differences(here, there):
-            print(f"the last bits may differ: {changes}", file=sys.stderr)
-        if saved["threads"] != now["threads"]:           # the order of sums depends on it
-            print(f"threads: {saved['threads']} as before, and not {now['threads']}: results stay "
-                  "the same to the last bit")
-            torch.set_num_threads(saved["threads"])
-        saved["arguments"] |= {name: now["arguments"][name] for name in UPDATED}
-        now = saved
-    files.write_json(run / "config.json", now)
+        content = saved_config(run)
+        if other := differing(identity, content["identity"]):
+            raise ValueError(f"{run} began with other inputs, which differ in {other}. If they are "
+                             "the same, another version of minismoe began it: train again without "
+                             "--resume")
+        content["arguments"] |= {name: getattr(config, name) for name in UPDATED}
+    else:
+        content = {"format": "minismoe.run/1", "arguments": as_flags(config),
+                   "plan": {task: vars(plan) for task, plan in plans.items()},
+                   "identity": identity, "versions": versions(), "machine": platform.platform()}
+    files.write_json(run / "config.json", content)
 
 
-def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """What two mappings disagree in, in one line; empty if they agree."""
-    return ", ".join(f"{clean(key)} {now.get(key, 'absent')} (was {before.get(key, 'absent')})"
-                     for key in {**before, **now} if now.get(key) != before.get(key))
+def differing(now: Mapping[str, str], before: Mapping[str, str]) -> str:
+    """The names of what differs, in one line; empty if nothing does."""
+    return clean(", ".join(name for name in {**before, **now} if now.get(name) != before.get(name)))
 
 
 def other_tasks(run: Path, inputs: Inputs, task: str | None = None) -> str:
-    """How the tasks, or one of them, differ from those that a run was trained on; empty if they do
-    not."""
-    return differences(*(
+    """The names of the tasks, or of one of them, whose lines are not those that a run was trained
+    on; empty if all are."""
+    return differing(*(
         {name: value for name, value in identity.items()
          if name.startswith("task ") and task in (None, name.removeprefix("task "))}
         for identity in (inputs.identity, saved_config(run)["identity"])))

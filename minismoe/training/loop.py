@@ -166,7 +166,7 @@ class Trainer:
               continued: bool) -> TrainingState:
         """The state to begin with, whose tensors are taken over; see `first_state`. metrics.jsonl
         ends with its step; of experts that are `continued`, it has measures at step 0."""
-        state, tensors = first_state(run, batches, self.parameters, resume)
+        state, tensors = first_state(run, len(batches), self.parameters, resume)
         metrics, line = run / "metrics.jsonl", ""
         if state["step"]:
             os.truncate(metrics, state["metrics"])

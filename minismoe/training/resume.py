@@ -6,7 +6,7 @@ so a checkpoint holds neither.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
@@ -14,8 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data.tasks import Example
-from ..io.files import replacing, sha256_of_json
+from ..io.files import replacing
 
 NAME = "checkpoint.safetensors"
 
@@ -24,13 +23,13 @@ class TrainingState(TypedDict):
     """How far a run is."""
 
     step: int                # optimizer steps that are done
+    steps: int               # of the whole run
     tokens: int              # of all of them
     seconds: float           # that they took
     loss: float              # of the last one; nan before
     metrics: int             # bytes of metrics.jsonl
     best: float              # what `Trainer.validate` found at ...
     best_step: int           # ... the best step
-    order: str               # hash of the sizes of experts, and of the batches
 
 
 def save_checkpoint(run: Path, tensors: dict[str, Tensor], state: TrainingState) -> None:
@@ -39,23 +38,22 @@ def save_checkpoint(run: Path, tensors: dict[str, Tensor], state: TrainingState)
         save_file(tensors, file, {"state": json.dumps(state)})
 
 
-def first_state(run: Path, batches: Sequence[Sequence[Example]], parameters: Mapping[str, Tensor],
+def first_state(run: Path, steps: int, parameters: Mapping[str, Tensor],
                 resume: bool) -> tuple[TrainingState, dict[str, Tensor]]:
     """The state and the tensors to begin with: those of the checkpoint if the run is resumed, or
     zeros and no tensor. A run that begins anew loses its checkpoint.
 
-    parameters: those that are trained, by name. Raises ValueError if the checkpoint is damaged, or
-    of other experts or batches, or if the run's metrics.jsonl is shorter than it was.
+    steps: of the whole run; parameters: those that are trained, by name. Raises ValueError if the
+    checkpoint is damaged, or of other experts or another number of steps, or if the run's
+    metrics.jsonl is shorter than it was.
     """
-    order = sha256_of_json([{name: [*p.shape] for name, p in parameters.items()},
-                            [[(e.task, e.index) for e in batch] for batch in batches]])
     file, metrics = run / NAME, run / "metrics.jsonl"
     run.mkdir(parents=True, exist_ok=True)
     if not resume:
         file.unlink(missing_ok=True)
     if not file.exists():
-        return TrainingState(step=0, tokens=0, seconds=0.0, loss=math.nan, metrics=0,
-                             best=-math.inf, best_step=0, order=order), {}
+        return TrainingState(step=0, steps=steps, tokens=0, seconds=0.0, loss=math.nan, metrics=0,
+                             best=-math.inf, best_step=0), {}
     try:
         with safe_open(file, "pt") as saved:
             state: TrainingState = json.loads(saved.metadata()["state"])
@@ -63,9 +61,12 @@ def first_state(run: Path, batches: Sequence[Sequence[Example]], parameters: Map
     except (KeyError, SafetensorError, TypeError, ValueError) as e:
         raise ValueError(f"{file} is damaged ({e}): remove it, and --resume trains from the first "
                          "step on") from None
-    if state["order"] != order:
-        raise ValueError(f"{file} was trained on other experts or batches: another allocation, "
-                         "data, seed, batch size or number of passes")
+    trained = {name.removesuffix("/value"): tensor.shape for name, tensor in tensors.items()
+               if name.endswith("/value")}
+    experts = {name: parameter.shape for name, parameter in parameters.items()}
+    if trained != experts or state["steps"] != steps:
+        raise ValueError(f"{file} was trained on other experts or for another number of steps: "
+                         "another allocation, other lines, batches or passes")
     if (metrics.stat().st_size if metrics.is_file() else 0) < state["metrics"]:
         raise ValueError(f"{metrics} has not all that it held at step {state['step']}: put it "
                          f"back, or remove {file} to train again")

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -288,20 +287,14 @@ def test_a_damaged_before_json_is_one_clear_line(run, succeed, fails) -> None:
     assert (run / "before.json").read_text() == before
 
 
-def test_a_run_goes_on_in_less_memory_and_on_another_machine(run, capsys, request) -> None:
-    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+def test_a_run_goes_on_in_less_memory_and_on_another_machine(run, succeed) -> None:
     (run / "checkpoint.safetensors").unlink()
     config = read_json(run / "config.json")
     config["arguments"]["device"] = "cuda"
-    write_json(run / "config.json", config | {"threads": 7})
-    smaller = "--micro-batch-size", "4", "--recompute", "--device", "cpu"
-    for flags in (smaller, ()):                          # the second time they are the run's own
-        code, out, err = finish(train.main, "--resume", "--out", run, *flags, capsys=capsys)
-        assert code == 0 and torch.get_num_threads() == 7, err
-        assert ("threads: 7 as before, and not 1: " in out) == bool(flags)
-        assert ("the last bits may differ: device cpu (was cuda), micro_batch_size 4 (was 8)\n"
-                in err) == bool(flags)
-        saved = read_json(run / "config.json")["arguments"]
+    write_json(run / "config.json", config)
+    for flags in (("--micro-batch-size", "4", "--recompute", "--device", "cpu"), ()):
+        succeed(train.main, "--resume", "--out", run, *flags)
+        saved = read_json(run / "config.json")["arguments"]      # now they are the run's own
         assert [saved[name] for name in ("device", "micro_batch_size", "recompute")] == [
             "cpu", 4, True]
         (run / "results.json").unlink()

@@ -292,7 +292,7 @@ def test_a_merged_folder_tells_no_path_and_takes_no_adapter(run: Path, tmp_path:
 def test_other_data_than_in_training_are_told(run: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(run.parent / "data", tmp_path / "data")
     config = ExportConfig(run=str(copied(run, tmp_path / "run", data=str(tmp_path / "data"))))
-    for says in "", "not what the run was trained on: task twice absent (was ":
+    for says in "", "not what the run was trained on: task twice":
         export.load_run(config)
         told = capsys.readouterr().err
         assert ("trained on" in told) == bool(says) and told.startswith(says)

@@ -185,7 +185,7 @@ def test_a_run_goes_on_where_its_model_and_data_moved_to(inputs, finished, tmp_p
     assert "nothing is missing" in succeed(train.main, *moved)
     (run / "results.json").unlink()
     (file := next(data.rglob("test.jsonl"))).write_text(file.read_text().split("\n")[0] + "\n")
-    fails(train.main, *moved, says="began with other inputs: task ")
+    fails(train.main, *moved, says="began with other inputs, which differ in task upper")
 
 
 def measured(monkeypatch, count: int, seed: int = 0, samples: int = 6, **settings: object,

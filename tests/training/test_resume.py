@@ -43,8 +43,11 @@ def trained(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
 
 
 def goes_on(run: Path, wanted: dict[str, torch.Tensor]) -> None:
-    """Resume a copy of `trained`, and see that the parameters are the same to the last bit."""
+    """Resume a copy of `trained`, and see that the parameters are the same to the last bit, and
+    that a line of a step that is done again stands once."""
     model = tiny()
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 13}\n')
     training.train(model, examples(), CFG, run, pad_id=0, resume=True)
     assert all(torch.equal(p, wanted[n]) for n, p in model.named_parameters())
     assert (run / "metrics.jsonl").read_text().count("\n") == 12
@@ -84,10 +87,10 @@ def test_lost_metrics_are_refused_and_cost_no_checkpoint(trained, tmp_path) -> N
     goes_on(run, trained[1])
 
 
-def test_resuming_on_other_batches_or_experts_is_refused(trained, tmp_path) -> None:
+def test_resuming_with_other_experts_or_steps_is_refused(trained, tmp_path) -> None:
     run = shutil.copytree(trained[0], tmp_path / "run")
-    for model, lines in (tiny(), examples(23)), (tiny(2), examples()):
-        with pytest.raises(ValueError, match="was trained on other experts or batches"):
+    for model, lines in (tiny(), examples(30)), (tiny(2), examples()):
+        with pytest.raises(ValueError, match="other experts or for another number of steps"):
             training.train(model, lines, CFG, run, pad_id=0, resume=True)
 
 
@@ -179,9 +182,8 @@ def test_resuming_with_other_inputs_is_refused_and_says_which(inputs, run, tmp_p
     code, _, err = finish(train.main, "--resume", "--out", run, "--model", model, "--data", data,
                           capsys=capsys)
     last = err.splitlines()[-1]
-    assert code == 1 and "began with other inputs" in last
-    assert all(f"{name} " in last for name in ("the model", "task upper", "the allocation"))
-    assert last.count(" (was ") == 3 and "task sum" not in last
+    assert code == 1 and ("began with other inputs, which differ in the model, task upper, the "
+                          "allocation. ") in last
     write_json(run / "allocation.json", allocation)
     assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
 
