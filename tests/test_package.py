@@ -35,8 +35,7 @@ LINES = 13_556
 LIBRARIES = {"method": {"torch"}, "reference": {
     "torch", "safetensors", "onnx", "onnxruntime", "tokenizers"}}
 WITHOUT_TORCH = {                            # what the runtime reads
-    "minismoe.data.marks", "minismoe.data.templates", "minismoe.data.tokenizer",
-    "minismoe.data.tools"}
+    "minismoe.data.templates", "minismoe.data.tokenizer", "minismoe.data.tools"}
 
 
 def name_of(file: Path) -> str:

@@ -239,8 +239,8 @@ def print_examples(config: InputConfig, count: int) -> None:
             example = encode(task.name, messages, tokenizer)
             print(f"--- {clean(task.name)} {number}: {len(example.ids)} tokens, "
                   f"{example.supervised} supervised")
-            encoded = tokenizer.encode_chat(messages)
-            texts = (encoded.text[i:j] for i, j in pairwise([*encoded.starts, len(encoded.text)]))
+            text, _, starts = tokenizer.encode_chat(messages)
+            texts = (text[i:j] for i, j in pairwise([*starts, len(text)]))
             for is_answer, tokens in groupby(zip(example.labels, texts), lambda t: t[0] != IGNORE):
                 piece = clean("".join(text for _, text in tokens), "\n")
                 print(f"{mark}{piece}{end}" if is_answer else piece, end="")

@@ -29,7 +29,9 @@ from .files import (
     task_places,
 )
 from .lines import Contents, Conversation
-from .tokenizer import Message, Tokenizer
+from .tokenizer import Tokenizer
+from .tools import Message
+from .turns import check_template, encode_line
 
 MOST_CHOICES = 300               # answers of a task that are still a small set
 HELD_OUT = 0.1                   # share of the training lines, for a split that has no file
@@ -202,14 +204,14 @@ def shared_instruction(conversations: Sequence[Sequence[Message]]) -> str:
 
 def encode(task: str, messages: Sequence[Message], tokenizer: Tokenizer) -> Example:
     """Tokens of a conversation; the assistant's turns are supervised up to their end token. Raises
-    the ValueErrors of `Tokenizer.spans`."""
-    _, ids, _, spans = tokenizer.encode_chat(messages)
-    labels, asked = [IGNORE] * len(ids), list[int]()
-    for message, span in zip(messages, spans):
-        if message["role"] == "assistant":
-            labels[span.start:span.stop] = ids[span.start:span.stop]
-        elif message.get("weight") != 0:
-            asked += span
+    the ValueErrors of `encode_line`."""
+    line = encode_line(messages, tokenizer)
+    ids, labels, asked = line.whole.ids, [IGNORE] * len(line.whole.ids), list[int]()
+    for turn in line.turns:
+        if turn.supervised:
+            labels[turn.tokens.start:turn.tokens.stop] = ids[turn.tokens.start:turn.tokens.stop]
+        else:
+            asked += turn.tokens
     return Example(task, ids, labels, asked=asked)
 
 
@@ -218,12 +220,17 @@ def encode_all(task: Task, tokenizer: Tokenizer, max_length: int, split: str = "
     """The examples of a task's split, "train", "valid" or "test", cut to `max_length` tokens.
 
     An example without a supervised token before the limit is dropped. Raises the ValueErrors of
-    `encode` with the task, the split, and the example's number as --show counts it.
+    `encode` and `check_template` with the task, the split, and the example's number as --show
+    counts it.
     """
-    examples = []
+    examples, checked = list[Example](), set[bool]()
     for index, messages in enumerate(getattr(task, split)):
         with naming(f"task {task.name}, {WORDS[split]} example {index + 1}, "
                     f"{messages[0]['content'][:40]!r}", ValueError):
+            calls = any("tool_calls" in message for message in messages)
+            if calls not in checked:         # a template writes all lines alike
+                check_template(messages, tokenizer)
+                checked.add(calls)
             whole = encode(task.name, messages, tokenizer)
         ids, labels = whole.ids[:max_length], whole.labels[:max_length]
         if any(label != IGNORE for label in labels[1:]):

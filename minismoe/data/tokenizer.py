@@ -6,7 +6,7 @@ template. Without a tokenizer.json, tokens are bytes; without a template, DEFAUL
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import groupby, takewhile
@@ -17,9 +17,11 @@ from ..io.files import inside, naming, read_json
 from ..io.hub import resolve
 from ..model.config import text_part
 from . import templates
-from .marks import MARK, framed, mark, unmark
 from .templates import DEFAULT_TEMPLATE, chat_template
 from .tools import SHOWN, Message, read_answer
+
+# Says that the next character is text, whatever it looks like; by Unicode no character of a text.
+MARK = "\ufdd0"
 
 
 class ByteTokenizer:
@@ -107,17 +109,11 @@ class FileTokenizer:
 
 
 class Encoded(NamedTuple):
-    """A conversation as text and as tokens.
-
-    starts: the index in `text` of each token's first character. spans: a range of token positions
-    a message; of a user's message its text, of an assistant's that is trained on its whole turn
-    with the token that ends it, as `Tokenizer.spans` finds it; empty for others.
-    """
+    """A text, its tokens, and the index in the text of each one's first character."""
 
     text: str
     ids: list[int]
     starts: list[int]
-    spans: list[range]
 
 
 class Tokenizer:
@@ -161,72 +157,23 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False,
                     ) -> Encoded:
         """The tokens of a conversation: only the template writes special tokens, and what messages
-        say is text, also if it looks like one. Without a generation prompt, as for training, it has
-        spans, and raises the ValueErrors of `_turns`."""
-        marked = mark(messages, self._special_text)
-        if add_generation_prompt:
-            text, spans = self.render(marked, True), list[range]()
-        else:
-            text, spans = self._turns(marked)
-        ids, starts = self._encode_marked(text)
-        for i, span in enumerate(spans):
-            first, last = (bisect_left(starts, len(unmark(text[:n])))
-                           for n in (span.start, span.stop))
-            if messages[i]["role"] == "assistant":           # a line end after it is not generated
-                last = next((n + 1 for n in range(first, last) if ids[n] in self.stop_ids), last)
-            elif first < last and starts[first] > len(unmark(text[:span.start])):
-                first -= 1                                   # the text begins amid it, as in " yes"
-            spans[i] = range(first, last)
-        return Encoded(unmark(text), ids, starts, spans)
+        say is text, also if it looks like one."""
+        return self.encode_marked(self.render(self.mark(messages), add_generation_prompt))
 
-    def _turns(self, messages: Sequence[Message]) -> tuple[str, list[range]]:
-        """The rendered messages, and the characters of each one's span; see Encoded.
+    def mark(self, value: Any) -> Any:
+        """A value of JSON with MARK before each character of its texts that looks like one of a
+        special token, or as MARK."""
+        if isinstance(value, str):
+            return self._special_text.sub(lambda match: "".join(MARK + c for c in match[0]),
+                                          value.replace(MARK, MARK + MARK))
+        if isinstance(value, Mapping):
+            return {self.mark(key): self.mark(item) for key, item in value.items()}
+        return [*map(self.mark, value)] if isinstance(value, list | tuple) else value
 
-        An assistant's turn begins where the rendering of the messages before it, with the
-        generation prompt, ends, as at inference. A first message has no prompt, so it is no turn,
-        nor is one of weight 0. Raises ValueError if the template renders earlier turns differently
-        once more messages follow, if an answer does not begin where the generation prompt ends, or
-        if it holds a token that ends a turn.
-        """
-        prompts = {i: self.render(messages[:i], True) for i, m in enumerate(messages)
-                   if i and m["role"] == "assistant" and m.get("weight") != 0}
-        text, spans = framed(messages, self.render)
-        last = prompts.get(len(messages) - 1)
-        if last is None or not text.startswith(last):        # perhaps for the frames
-            text, spans = self.render(messages), [range(0)] * len(messages)
-        for i, before in prompts.items():
-            after = text if i + 1 == len(messages) else self.render(messages[:i + 1])
-            if not text.startswith(after):
-                raise ValueError(f"the chat template renders turn {i + 1} of {len(messages)} "
-                                 "differently when more follows: give a template whose output only "
-                                 "grows, or data with one answer a line")
-            if not after.startswith(before):
-                raise ValueError("the chat template does not begin an answer as its generation "
-                                 f"prompt, which ends in {before[-20:]!r}: give a template that "
-                                 "does")
-            self._check_turn(messages[i], before, after[len(before):])
-            spans[i] = range(len(before), len(after))
-        return text, spans
-
-    def _check_turn(self, message: Message, before: str, turn: str) -> None:
-        """Raise ValueError if a turn that follows `before` cannot be learned as it is written."""
-        answer = message.get("content", "").strip()
-        said = unmark(answer)
-        if ends := [t for t, id in self.special.items() if id in self.stop_ids and t in said]:
-            raise ValueError(f"the answer holds {ends[0]}, which ends a turn: remove it")
-        opening = turn[:turn.find(answer)] if answer in turn else ""
-        if opens := [t for t in self.special if t in opening and t in before]:
-            raise ValueError(f"the chat template opens an answer by {opens[0]}, which its "
-                             "generation prompt leaves out: give a template that heeds "
-                             "add_generation_prompt")
-        if not all(c["function"]["name"] in turn for c in message.get("tool_calls", ())):
-            raise ValueError("the chat template leaves out tool_calls: give a template that writes "
-                             "them, or write the calls as the turn's content")
-
-    def _encode_marked(self, text: str) -> tuple[list[int], list[int]]:
-        """As `encode`, of a text whose marks are read and left out."""
+    def encode_marked(self, text: str) -> Encoded:
+        """The tokens of a text with marks, which are read and left out."""
         if MARK not in text:
-            return self.encode(text)
+            return Encoded(text, *self.encode(text))
         ids, starts, at = list[int](), list[int](), 0
         # What is not marked is encoded as one: tokenizers may treat the start of a text apart.
         for is_marked, run in groupby(self._special_text.split(text), lambda piece: MARK in piece):
@@ -235,7 +182,7 @@ class Tokenizer:
             ids += new
             starts += [at + place for place in places]
             at += len(piece)
-        return ids, starts
+        return Encoded(unmark(text), ids, starts)
 
     @cached_property
     def _special_text(self) -> re.Pattern[str]:
@@ -260,12 +207,13 @@ class Tokenizer:
         They are cut out of the whole text, as in training: Llama 2's tokenizer puts a space before
         a text.
         """
-        marked = mark(messages, self._special_text)
+        marked = self.mark(messages)
         whole, start = self.render(marked), self.render(marked[:-1], True)
         if not whole.startswith(start):
             whole, start = marked[-1].get("content", ""), ""
-        new = (i for i, at in zip(*self._encode_marked(whole)) if at >= len(unmark(start)))
-        return list(takewhile(lambda i: i not in self.stop_ids, new))
+        _, ids, starts = self.encode_marked(whole)
+        first = bisect_left(starts, len(unmark(start)))
+        return [*takewhile(lambda i: i not in self.stop_ids, ids[first:])]
 
     def _turn_end(self) -> list[int]:
         """The first special token after an assistant's message in the template, if there is one."""
@@ -278,6 +226,11 @@ class Tokenizer:
         except templates.Refused:            # such as a template that wants a system message first
             return []
         return [i for i in self.encode(tail)[0] if i in self.special.values()][:1]
+
+
+def unmark(text: str) -> str:
+    """A text without its marks."""
+    return re.sub(f"(?s){MARK}(.)", r"\1", text) if MARK in text else text
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

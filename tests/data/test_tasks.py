@@ -30,7 +30,9 @@ from minismoe.data.tasks import (
     probe_batches,
     shared_instruction,
 )
-from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Message, Tokenizer
+from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
+from minismoe.data.tools import Message
+from minismoe.data.turns import encode_line
 from minismoe.method.loss import IGNORE
 
 # Keeps the reasoning of the last turn only, as reasoning models' templates do.
@@ -468,11 +470,11 @@ def test_an_answer_that_holds_an_end_token_is_refused(chatml: Tokenizer) -> None
 
 
 def supervised_texts(messages: list[Message], tokenizer: Tokenizer) -> list[str]:
-    """The text of each assistant's span."""
-    text, _, starts, spans = tokenizer.encode_chat(messages)
-    ends = [*starts, len(text)]
-    return [text[ends[span.start]:ends[span.stop]] for m, span in zip(messages, spans)
-            if m["role"] == "assistant" and span]
+    """The text of each answer that is learnt."""
+    line = encode_line(messages, tokenizer)
+    ends = [*line.whole.starts, len(line.whole.text)]
+    return [line.whole.text[ends[turn.tokens.start]:ends[turn.tokens.stop]]
+            for turn in line.turns if turn.supervised]
 
 
 def test_a_greeting_before_any_question_is_not_supervised(bpe: Path) -> None:
@@ -494,7 +496,8 @@ def test_a_template_whose_prompt_is_not_the_answers_beginning_is_refused(bpe: Pa
         encode("t", PAIR_MESSAGES, Tokenizer(FileTokenizer(bpe), thinks, "", "<|im_end|>"))
     forgets = CHATML.replace("add_generation_prompt", "false")
     with pytest.raises(ValueError, match=r"opens an answer by <\|im_start\|>, which its gen"):
-        encode("t", PAIR_MESSAGES, Tokenizer(FileTokenizer(bpe), forgets, "", "<|im_end|>"))
+        encode_all(Task("t", [PAIR_MESSAGES], []), Tokenizer(
+            FileTokenizer(bpe), forgets, "", "<|im_end|>"), 99)
 
 
 def test_truncated_and_dropped_are_counted() -> None:
@@ -507,8 +510,9 @@ def test_truncated_and_dropped_are_counted() -> None:
     assert all(len(e.ids) == 10 and e.task == "t" for e in result)
     assert [(e.index, e.cut) for e in result] == [(0, False), (2, True), (3, True)]
     # A label at position 0 is never predicted, so alone it teaches nothing.
-    only = encode_all(Task("t", [[say("assistant", "aa")]], []), tokenizer, max_length=1)
-    assert only == []
+    blank = Tokenizer(ByteTokenizer(), plain.replace("m.content", "m.content | trim"), "", "")
+    only = Task("t", [[say("user", " "), say("assistant", "aa")]], [])
+    assert encode_all(only, blank, max_length=1) == []
 
 
 # Batches

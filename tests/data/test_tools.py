@@ -140,9 +140,10 @@ def test_a_template_that_knows_no_tools_is_refused_once(both: Both, split: str, 
 def test_a_template_that_leaves_out_calls_is_refused(both: Both) -> None:
     """As those of Granite 3.3 and LFM2, which list tools."""
     _, ours = both("{{ tools | tojson }}" + CHATML)
-    with pytest.raises(ValueError, match="the chat template leaves out tool_calls"):
-        ours.encode_chat(to_messages(CHATS["call"]))
-    ours.encode_chat(to_messages(CHATS["answer"]))
+    lines = [to_messages(CHATS[name]) for name in ("answer", "call")]
+    with pytest.raises(ValueError, match="example 2, .* the chat template leaves out tool_calls"):
+        encode_all(Task("t", lines, []), ours, 999)
+    assert len(encode_all(Task("t", lines[:1], []), ours, 999)) == 1
 
 
 def test_a_template_that_refuses_other_roles_still_shows_its_call(both: Both) -> None:
