@@ -534,15 +534,15 @@ public class Run {
 @pytest.mark.skipif(not shutil.which("javac"), reason="no Java compiler")
 @pytest.mark.parametrize("count", [600, pytest.param(5000, marks=pytest.mark.slow)])
 def test_java_asks(count: int, model: Path, tmp_path: Path, build: Callable[..., Path]) -> None:
-    """The class of the Android project: answers of the runtime, an exception with the error's line,
-    and flat memory, with questions of 100 kB among them."""
-    android, java = PORT / "android", Path(shutil.which("javac") or "").resolve().parents[1]
-    program = build(PORT / "answer.c", android / "answer_jni.c", *STRICT, "-fPIC", "-shared",
+    """By Answer.java: answers of the runtime, an exception with the error's line, and flat memory,
+    with questions of 100 kB among them."""
+    java = Path(shutil.which("javac") or "").resolve().parents[1]
+    program = build(PORT / "answer.c", PORT / "answer_jni.c", *STRICT, "-fPIC", "-shared",
                     "-DANSWER_LIBRARY", f"-I{java}/include", f"-I{java}/include/linux")
     (tmp_path / "libanswer.so").symlink_to(program)
     (tmp_path / "Run.java").write_text(RUN)
-    subprocess.run(["javac", "-d", tmp_path, android / "src/main/java/app/Answer.java",
-                    tmp_path / "Run.java"], check=True)
+    subprocess.run(["javac", "-d", tmp_path, PORT / "Answer.java", tmp_path / "Run.java"],
+                   check=True)
     questions = ["x" * (3 * n) for n in range(4, 64)]
     done = subprocess.run(
         ["java", "-Xms32m", "-Xmx32m", "-XX:+AlwaysPreTouch", "-XX:+UseSerialGC", "-cp", tmp_path,
