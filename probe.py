@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minismoe.cli import probing, script
-from minismoe.cli.flags import AllocationConfig, InputConfig
+from minismoe.cli.flags import TOGETHER, AllocationConfig, InputConfig
 from minismoe.cli.inputs import load_inputs, print_examples, resolve_auto
 from minismoe.io.drawing import terminal_heatmap
 from minismoe.io.files import must_be_writable, write_json
@@ -35,10 +35,13 @@ def main(argv: Sequence[str]) -> None:
     # Configure.
     parser = new_parser(__doc__, {"output": ProbeConfig, "model and data": InputConfig,
                                   "probe and allocation": AllocationConfig})
-    config = resolve_auto(from_flags(ProbeConfig, vars(parser.parse_args(argv))))
-    run, (allocation, settings) = Path(config.out), probing.read_allocation(config)
+    config = from_flags(ProbeConfig, vars(parser.parse_args(argv)))
+    allocation, settings = probing.read_allocation(config)
+    if (config.model is None) != (config.data is None):
+        parser.error(TOGETHER)
     if allocation:
         parser.error(f"{config.allocation} is an allocation already: nothing is left to probe")
+    config, run = resolve_auto(config), Path(config.out)
     if config.show:
         print_examples(config, config.show)
         return

@@ -6,14 +6,14 @@ another. RunConfig is all three kinds of configuration at once, and is given whe
 
 from dataclasses import dataclass
 
-from ..io.flags import above_zero, flag, natural, positive, seed, text, two_names
+from ..io.flags import above_zero, flag, natural, option, positive, seed, text, two_names
 from ..method.allocate import STRATEGIES
 from ..training.plan import ENOUGH, TrainConfig
 
 # Settings of the allocation that have no flag: a file for --allocation may hold them.
 SETTINGS = ("keep", "min_experts", "top_k")
-# Flags that choose an allocation, and so mean nothing where --allocation names one.
-CHOOSING = ("strategy", "budget_params", "target_modules")
+TOGETHER = ("--model and --data go together; without both, the built-in toy and its tasks are "
+            "used")
 
 
 @dataclass(frozen=True)
@@ -97,3 +97,28 @@ class RunConfig(InputConfig, AllocationConfig, TrainConfig):
         None, "begin with the experts of RUN, its model and system prompt and, unless --data names "
         "others, its lines; with --epochs 0 they are only judged", text, metavar="RUN")
     resume: bool = flag(False, "go on with the run in --out, from its checkpoint")
+
+
+def contradiction(config: RunConfig, names_experts: bool) -> str:
+    """The sentence that says which flags of train.py do not go together; "" if all do.
+
+    config: the flags as they were typed; names_experts: the file of --allocation names experts.
+    """
+    def typed(*names: str) -> str:
+        return ", ".join(option(name) for name in names
+                         if getattr(config, name) != getattr(RunConfig, name))
+
+    choosing = typed("strategy", "budget_params", "target_modules")
+    building = typed("strategy", "budget_params", "target_modules", "allocation", "rank", "alpha")
+    if config.resume:
+        return "" if config.out else "--resume needs --out RUN"
+    if config.init:
+        return building and ("--init takes the experts of RUN as they are: leave out "
+                             f"{building}")
+    if config.epochs == 0:
+        return "--epochs 0 trains nothing: name a run to judge by --init RUN"
+    if (config.model is None) != (config.data is None):
+        return TOGETHER
+    if names_experts and choosing:
+        return f"--allocation says what these would choose: leave out {choosing}"
+    return ""

@@ -154,12 +154,9 @@ def leave_out_long(task: Task, split: str, tokenizer: Tokenizer, context: int) -
 
 
 def read_tasks(config: InputConfig) -> list[Task]:
-    """The tasks of --data, or those of the toy. Raises ValueError for --model or --data without the
-    other, and for a task that is missing or named twice."""
+    """The tasks of --data, or those of the toy. Raises ValueError for a task that is missing or
+    named twice."""
     names = [name.strip() for name in (config.only_tasks or "").split(",") if name.strip()]
-    if (config.model is None) != (config.data is None):
-        raise ValueError("--model and --data go together; without both, the built-in toy and its "
-                         "tasks are used")
     if len(set(names)) < len(names):
         raise ValueError(f"a task is named twice: {', '.join(names)}")
     if config.data is not None:

@@ -15,7 +15,7 @@ from ..io.text import clean
 from ..method.allocate import Allocation
 from ..model.checkpoint import versions
 from ..training.plan import TaskPlan, TrainConfig
-from .flags import CHOOSING, AllocationConfig, InputConfig, RunConfig
+from .flags import AllocationConfig, InputConfig, RunConfig, contradiction
 from .inputs import Inputs
 from .probing import read_allocation
 from .script import command, working_in
@@ -36,34 +36,30 @@ def configure(argv: Sequence[str], description: str | None) -> RunConfig:
         "run": RunConfig, "model and data": InputConfig, "probe and allocation": AllocationConfig,
         "training": TrainConfig})
     args = parser.parse_args(argv)
-    chosen = [option(name) for name in (*CHOOSING, "allocation", "rank", "alpha")
-              if getattr(args, name) != parser.get_default(name)]
-    if args.resume:
-        if not args.out:
-            parser.error("--resume needs --out RUN")
-        args = resumed(parser, argv, args.out)
-    elif args.init:
-        if chosen:
-            parser.error("--init takes the experts of RUN as they are: leave out "
-                         f"{', '.join(chosen)}")
-        kept = saved_config(finished(Path(args.init)))["arguments"]
-        same = args.data in (None, kept["data"])         # then the same lines, too
-        names = ("base_bits", *(EXPORTED if same else ("model", "system")))
-        args = parser.parse_args(argv, Namespace(**{name: kept[name] for name in names}))
-    elif args.epochs == 0:
-        parser.error("--epochs 0 trains nothing: name a run to judge by --init RUN")
+    typed = from_flags(RunConfig, vars(args))
+    if wrong := contradiction(typed, read_allocation(typed)[0] is not None):
+        parser.error(wrong)
+    if typed.resume:
+        args = resumed(parser, argv, Path(args.out))
+    elif typed.init:
+        args = continued(parser, argv, Path(typed.init), typed.data)
     args.micro_batch_size = args.micro_batch_size or args.batch_size
-    config = from_flags(RunConfig, vars(args))
-    idle = [flag for flag in chosen if flag in map(option, CHOOSING)]
-    if read_allocation(config)[0] and idle and not config.resume:
-        parser.error(f"--allocation says what these would choose: leave out {', '.join(idle)}")
-    return config
+    return from_flags(RunConfig, vars(args))
 
 
-def resumed(parser: ArgumentParser, argv: Sequence[str], out: str) -> Namespace:
-    """The flags of the run in --out, with those changed that argv names. ValueError lists flags
+def continued(parser: ArgumentParser, argv: Sequence[str], run: Path, data: str | None,
+              ) -> Namespace:
+    """The flags of a new run that begins with the experts of `run`: its model and, unless `data`
+    names others, its lines."""
+    kept = saved_config(finished(run))["arguments"]
+    names = EXPORTED if data in (None, kept["data"]) else ("model", "system")
+    return parser.parse_args(argv, Namespace(**{name: kept[name] for name in (*names, "base_bits")}))
+
+
+def resumed(parser: ArgumentParser, argv: Sequence[str], run: Path) -> Namespace:
+    """The flags of a run that goes on, with those changed that argv names. ValueError lists flags
     that may not change."""
-    kept = saved_config(Path(out))["arguments"] | {"out": out}
+    kept = saved_config(run)["arguments"] | {"out": str(run)}
     args = parser.parse_args(argv, Namespace(**kept))
     if args.dtype == "auto":                 # the run began with what auto was then
         args.dtype = kept["dtype"]
@@ -71,8 +67,8 @@ def resumed(parser: ArgumentParser, argv: Sequence[str], out: str) -> Namespace:
                    if name not in RESUMABLE and kept[name] != now]:
         raise ValueError(f"a resumed run keeps its flags: {', '.join(changed)}. It may change "
                          f"{', '.join(map(option, UPDATED))}; another run with other flags may "
-                         f"begin with its experts: --init {shlex.quote(out)}")
-    if (allocation := Path(out) / "allocation.json").exists():       # the probe does not run again
+                         f"begin with its experts: --init {shlex.quote(str(run))}")
+    if (allocation := run / "allocation.json").exists():       # the probe does not run again
         args.allocation = str(allocation)
     return args
 

@@ -15,6 +15,8 @@ FORM = {"format": "minismoe.allocation/1"}
 WRONG_FLAGS = {              # {script: [(flags, what the last line says)]}
     train: [
         ("--no-such-flag", "unrecognized arguments"), ("--resume", "--resume needs --out"),
+        ("--model .", "--model and --data go"), ("--data .", "--model and --data go together"),
+        ("--init x --data . --strategy lora --rank 8", "are: leave out --strategy (--help"),
         ("--epochs 0", "--epochs 0 trains nothing: name a run to judge by --init RUN"),
         ("--init x --rank 4 --target-modules q_proj", "leave out --target-modules, --rank"),
         ("--lr -0.001", "argument --lr"), ("--lr nan", "argument --lr"),
@@ -24,7 +26,8 @@ WRONG_FLAGS = {              # {script: [(flags, what the last line says)]}
         ("--out=", "argument --out"), ("--seed 18446744073709551616", "argument --seed"),
         ("--only-tasks=", "argument --only-tasks"), ("--allocation=", "argument --allocation"),
         ("--samples 0", "argument --samples"), ("--samples some", "argument --samples")],
-    probe: [("--samples 0", "argument --samples"), ("--samples auto", "argument --samples")],
+    probe: [("--model .", "--model and --data go together"), ("--samples 0", "argument --samples"),
+            ("--samples auto", "argument --samples")],
     export: [
         ("RUN --static 1x1x8", "--static needs --target portable or npu"),
         ("RUN --static 1xtwo", "invalid 1xTxP value"),
@@ -101,12 +104,10 @@ REFUSED = [
     *((train, "INPUTS", {"model.layers.9.x": 1, "lm_head": 1, "nope": 2}, name)
       for name in ("model.layers.9.x", "lm_head", "nope")),
     (train, "INPUTS --model nowhere-at-all", {}, "no such model folder"),
-    (train, "--model .", {}, "--model and --data go together"),
-    (train, "--data .", {}, "--model and --data go together"),
     (train, "INPUTS --max-length 3", {},
      "within 3 tokens (--max-length, or what the model was made for)"),
     (train, "INPUTS --only-tasks sum,sum", {}, "named twice"),
-    *((train, f"INPUTS --only-tasks {name}", {}, f"has no task {name}; it has upper, sum")
+    *((train, f"INPUTS --only-tasks {name}", {}, f"has no task {name}; it has sum, upper")
       for name in ("no", "../model", "..", "a/b")),
     (train, "--only-tasks count,count", {}, "named twice"),
     (train, "--only-tasks no", {}, "no task no; it has capitals"),
