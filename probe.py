@@ -21,13 +21,15 @@ from minismoe.cli.flags import TOGETHER, AllocationConfig, InputConfig
 from minismoe.cli.inputs import load_inputs, print_examples, resolve_auto
 from minismoe.io.drawing import terminal_heatmap
 from minismoe.io.files import must_be_writable, write_json
-from minismoe.io.flags import flag, from_flags, new_parser, text
+from minismoe.io.flags import flag, from_flags, new_parser, positive, text
 
 
 @dataclass(frozen=True)
 class ProbeConfig(InputConfig, AllocationConfig):
     """The flags of this script."""
 
+    samples: int = flag(32, "training examples a task to probe (default: %(default)s)", positive,
+                        metavar="N")
     out: str = flag("runs/probe", "folder to write to (default: %(default)s)", text, metavar="RUN")
 
 

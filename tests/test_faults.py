@@ -136,7 +136,7 @@ def files_up_to(size: int) -> Iterator[None]:
 def test_a_limit_on_file_size_ends_in_one_line_and_changes_no_file(
         world: World, main: Any, size: int) -> None:
     before, out = contents(world.root), world.new
-    more = ("--precision", "fp32") if main is export.main else SHORT[:2]
+    more = ("--precision", "fp32") if main is export.main else ()
     with files_up_to(size):
         code, err = script(main, *world.given(main), *more, "--out", out)
     assert code == 1 and re.fullmatch("error: .*(ulimit|too large|os error 27).*", err)
@@ -169,7 +169,7 @@ def permissions_count() -> Iterator[None]:
 @pytest.mark.parametrize("main", [train.main, probe.main, export.main],
                          ids=["train", "probe", "export"])
 def test_missing_permissions_are_named_with_their_path(world: World, main: Any) -> None:
-    out, what = world.new, world.given(main, *SHORT[:2])
+    out, what = world.new, world.given(main)
     out.mkdir(mode=0o500)
     with permissions_count():
         code, err = script(main, *what, "--out", out / "x")

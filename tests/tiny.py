@@ -38,7 +38,7 @@ SMALL = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidd
          "max_position_embeddings": 64}          # of the tests that count in float64
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64, "rope_theta": 500.0}
-QUICK = ("--samples", "2", "--epochs", "1")      # for train.py: the least that still probes
+QUICK = ("--epochs", "1")         # for train.py
 CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
 {{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}\
 {{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}\

@@ -6,9 +6,9 @@ another. RunConfig is all three kinds of configuration at once, and is given whe
 
 from dataclasses import dataclass
 
-from ..io.flags import above_zero, flag, natural, option, positive, seed, text, two_names
+from ..io.flags import flag, natural, option, positive, seed, text, two_names
 from ..method.allocate import STRATEGIES
-from ..training.plan import ENOUGH, TrainConfig
+from ..training.plan import TrainConfig
 
 # Settings of the allocation that have no flag: a file for --allocation may hold them.
 SETTINGS = ("keep", "min_experts", "top_k")
@@ -39,10 +39,6 @@ class InputConfig:
         natural, metavar="N")
     system: str | None = flag(None, "system prompt of the lines that have none; an export begins "
                               "its chats with it", text, metavar="TEXT")
-    keep: str = flag(
-        "best", "which step's experts are kept. best (default): the step that does best on "
-        f"validation lines if each task has {ENOUGH} or more, else the last. last: always the "
-        "last, and no line is held out for it", choices=("best", "last"))
     max_length: int = flag(1024, "longer lines are cut, in training and where their loss is "
                            "measured (default: %(default)s)", positive, metavar="TOKENS")
     seed: int = flag(0, "starts all random choices (default: %(default)s)", seed)
@@ -63,24 +59,18 @@ class InputConfig:
 class AllocationConfig:
     """How much the probe measures, and how experts are given to matrices."""
 
-    samples: int = flag(32, "training examples a task to probe (default: %(default)s)", positive,
-                        metavar="N")
     strategy: str = flag("votes", "how experts are given to matrices: by votes of the tasks "
                          "(default; of one task, each matrix gets one), the same number everywhere "
                          "(uniform), or one everywhere (lora)", choices=STRATEGIES)
     budget_params: int | None = flag(
         None, "at most N trainable parameters (default: as many as it takes if each task votes for "
         "60 %% of the matrices)", positive, metavar="N")
-    target_modules: str | None = flag(
-        None, "comma list of projections (q_proj) or of module patterns (model.layers.1?.*) that "
-        "may get experts; default: all linear layers")
     rank: int = flag(8, "rank of each expert (default: %(default)s); lora with --budget-params "
                      "takes the largest rank that fits", positive)
-    alpha: float | None = flag(None, "an expert's output is scaled by alpha / rank (default: "
-                               "twice the rank)", above_zero)
     allocation: str | None = flag(
         None, 'an allocation.json, or {"module": experts}; or settings of the allocation: '
         + ", ".join(SETTINGS), text, metavar="FILE")
+    samples: int = 32                   # of each task to probe: a flag of probe.py
     seed: int = 0                       # --seed, a flag of InputConfig
 
 
@@ -108,8 +98,8 @@ def contradiction(config: RunConfig, names_experts: bool) -> str:
         return ", ".join(option(name) for name in names
                          if getattr(config, name) != getattr(RunConfig, name))
 
-    choosing = typed("strategy", "budget_params", "target_modules")
-    building = typed("strategy", "budget_params", "target_modules", "allocation", "rank", "alpha")
+    choosing = typed("strategy", "budget_params")
+    building = typed("strategy", "budget_params", "rank", "allocation")
     if config.resume:
         return "" if config.out else "--resume needs --out RUN"
     if config.init:

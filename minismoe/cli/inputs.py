@@ -115,7 +115,7 @@ def load_inputs(config: InputConfig, quiet: bool = False) -> Inputs:
     if empty := [name for name, examples in train.items() if not examples]:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
                          f"{length} tokens (--max-length, or what the model was made for)")
-    for task in held_out_of(tasks, train) if config.keep == "best" else ():
+    for task in held_out_of(tasks, train):
         hold_out_validation(task, config.seed)
         train[task.name] = encode_all(task, tokenizer, length)
     asked = {split: {t.name: leave_out_long(t, split, tokenizer, context) for t in tasks}

@@ -40,11 +40,10 @@ def allocation_of(config: AllocationConfig, inputs: Inputs, size: int = PROBE_BA
             return known, None
         scores = run_probe(config, settings, inputs, size)
         return choose(settings, scores), scores
-    for name, taken in ("rank", allocation.rank), ("alpha", allocation.alpha):
-        typed = getattr(config, name)        # of --strategy lora, a budget chose the rank
-        if typed not in (getattr(AllocationConfig, name), taken) and config.strategy != "lora":
-            print(f"{clean(config.allocation)} says {name} {taken}, which is taken, and not "
-                  f"{typed}", file=sys.stderr)
+    # Of --strategy lora, a budget chose the rank.
+    if config.rank not in (AllocationConfig.rank, allocation.rank) and config.strategy != "lora":
+        print(f"{clean(config.allocation)} says rank {allocation.rank}, which is taken, and not "
+              f"{config.rank}", file=sys.stderr)
     return allocation, None                  # `add_experts` checks it
 
 
@@ -53,7 +52,7 @@ def read_allocation(config: AllocationConfig) -> tuple[Allocation | None, Alloca
     the flags say, or that file. A bare mapping takes rank, alpha and top-k from the flags."""
     settings = AllocationSettings(
         strategy=config.strategy, budget_params=config.budget_params, min_experts=1,
-        target_modules=config.target_modules, rank=config.rank, alpha=config.alpha)
+        rank=config.rank)
     if not (file := config.allocation):
         return None, settings
     value = read_json(file)
@@ -69,17 +68,17 @@ def read_allocation(config: AllocationConfig) -> tuple[Allocation | None, Alloca
             raise ValueError(f"{file} holds no module, and {', '.join(value) or 'nothing'} besides "
                              f"settings: {', '.join(SETTINGS)}")
         value = {"format": FORMAT, "experts": value, "rank": config.rank,
-                 "alpha": config.alpha or 2 * config.rank, "top_k": settings.top_k}
+                 "alpha": 2 * config.rank, "top_k": settings.top_k}
     with naming(file, ValueError):
         return Allocation.from_json(value), settings
 
 
 def without_small(settings: AllocationSettings, inputs: Inputs) -> AllocationSettings:
-    """The settings without the matrices that have a side below the rank, if the flags name no
-    targets and others are left. Prints which they are."""
+    """The settings without the matrices that have a side below the rank, if others are left. Prints
+    which they are."""
     shapes = shapes_of(inputs.model)
     small = [name for name, shape in shapes.items() if min(shape) < settings.rank]
-    if settings.target_modules or not 0 < len(small) < len(shapes):
+    if not 0 < len(small) < len(shapes):
         return settings
     kinds = sorted({name.rpartition(".")[2] for name in small})
     print(f"{len(small)} matrices get no experts, as they have a side below --rank "

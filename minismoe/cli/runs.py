@@ -21,11 +21,11 @@ from .probing import read_allocation
 from .script import command, working_in
 
 # Flags that a resumed run may change; of UPDATED, its config.json then holds the new values.
-UPDATED = ("model", "data", "checkpoint_every", "recompute", "device", "micro_batch_size")
+UPDATED = ("model", "data", "recompute", "device")
 RESUMABLE = ("out", "resume", "debug", "show", *UPDATED)
 # Flags that export.py takes over from a run.
 EXPORTED = ("model", "data", "columns", "only_tasks", "system", "limit_train", "limit_test",
-            "keep", "max_length", "seed")
+            "max_length", "seed")
 
 
 def configure(argv: Sequence[str], description: str | None) -> RunConfig:
@@ -43,7 +43,6 @@ def configure(argv: Sequence[str], description: str | None) -> RunConfig:
         args = resumed(parser, argv, Path(args.out))
     elif typed.init:
         args = continued(parser, argv, Path(typed.init), typed.data)
-    args.micro_batch_size = args.micro_batch_size or args.batch_size
     return from_flags(RunConfig, vars(args))
 
 
@@ -53,7 +52,8 @@ def continued(parser: ArgumentParser, argv: Sequence[str], run: Path, data: str 
     names others, its lines."""
     kept = saved_config(finished(run))["arguments"]
     names = EXPORTED if data in (None, kept["data"]) else ("model", "system")
-    return parser.parse_args(argv, Namespace(**{name: kept[name] for name in (*names, "base_bits")}))
+    taken = {name: kept[name] for name in (*names, "base_bits")}
+    return parser.parse_args(argv, Namespace(**taken))
 
 
 def resumed(parser: ArgumentParser, argv: Sequence[str], run: Path) -> Namespace:

@@ -94,4 +94,3 @@ two_names = Checked(str, lambda t: len([*filter(str.strip, t.split(","))]) == t.
 number = Checked(float, lambda x: 0 <= x <= LARGEST, "is no number of at least 0")
 fraction = Checked(float, lambda x: 0 < x <= 1, "is not in (0, 1]")
 fraction_or_zero = Checked(float, lambda x: 0 <= x <= 1, "is not in [0, 1]")
-above_zero = Checked(float, lambda x: 0 < x <= LARGEST, "is not above 0, or no number")

@@ -16,7 +16,7 @@ ADVICE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "choose a place that you may read and write"),
     errno.EROFS: "choose a place that can be written",
 }
-MEMORY_ADVICE = ("in training, half the --micro-batch-size or half the --max-length halves the "
+MEMORY_ADVICE = ("in training, half the --batch-size or half the --max-length halves the "
                  "activations, --recompute saves half of them or more, and --base-bits 8 or 4 "
                  "shrinks the weights")
 

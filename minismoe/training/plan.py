@@ -31,22 +31,16 @@ class TrainConfig:
                               "its own lines, and are printed)", flags.natural, metavar="N")
     batch_size: int = flag(
         8, "examples per optimizer step (default: %(default)s)", flags.positive, metavar="N")
-    micro_batch_size: int | None = flag(
-        None, "examples computed at once; fewer need less memory (default: --batch-size)",
-        flags.positive, metavar="N")
     recompute: bool = flag(
         False, "activation checkpointing: about a third slower, far less memory for long examples")
     lr: float | None = flag(None, "peak learning rate, after a warm-up; a cosine takes it to 0 "
                             "(default: it follows the size of the base's weights)", flags.number)
-    prompt_loss: float = flag(
-        MOST_PROMPT, "the most that a token of a user's message counts in the loss, where one of "
-        "an answer counts 1; long messages count less, and 0 leaves them out (default: "
-        "%(default)s)", flags.number, metavar="WEIGHT")
-    checkpoint_every: int = flag(
-        200, "optimizer steps (default: %(default)s)", flags.positive, metavar="N")
-    keep: str = "best"       # or "last": a flag of InputConfig, as lines may be held out for it
     seed: int = 0
     # Without a flag:
+    micro_batch_size: int | None = None  # examples computed at once; None: batch_size
+    prompt_loss: float = MOST_PROMPT     # the most that a token of a user counts: `prompt_weight`
+    checkpoint_every: int = 200          # optimizer steps
+    keep: str = "best"                   # or "last": which step's experts are kept
     max_grad_norm: float = 1.0           # gradients are clipped to this norm
     router_aux_loss_coef: float = 0.01   # weight of the balance loss
 

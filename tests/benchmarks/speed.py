@@ -198,7 +198,7 @@ def growth(args: argparse.Namespace, side: str) -> Figures:
         maker.start()                        # whose memory would count as that of `ran` here
         maker.join()
         ran("train", "train.py", "--model", base, "--data", args.data, "--limit-train", 64,
-            "--limit-test", 4, "--epochs", 1, "--samples", 8, "--out", run)
+            "--limit-test", 4, "--epochs", 1, "--out", run)
         steps = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         figures["train, tokens/s"] = statistics.median(s["tokens_per_second"] for s in steps)
         ran("export", "export.py", run, "--out", out)

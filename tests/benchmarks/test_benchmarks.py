@@ -63,9 +63,9 @@ def odd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, first, count in (("train", 0, 36), ("valid", 36, 4), ("test", 40, 6)):
         write_lines(tmp_path / "data" / "odd" / f"{name}.jsonl", (
             (f"odd {i}", ("no", "yes")[i % 2]) for i in range(first, first + count)))
-    train.main(["--model", str(model), "--data", str(tmp_path / "data"), "--samples", "2",
-                "--epochs", "6", "--lr", "0.02", "--rank", "2",
-                "--dtype", "float32", "--out", str(tmp_path / "run")])
+    train.main(["--model", str(model), "--data", str(tmp_path / "data"), "--epochs", "6",
+                "--lr", "0.02", "--rank", "2", "--dtype", "float32", "--out",
+                str(tmp_path / "run")])
     return tmp_path / "run"
 
 

@@ -57,7 +57,7 @@ def test_probe_writes_its_files_and_keeps_what_it_measured(inputs, tmp_path, suc
 
 def test_train_end_to_end(inputs, tmp_path, succeed, fails) -> None:
     out_dir = tmp_path / "run"
-    out = succeed(train.main, *inputs, "--out", out_dir, "--samples", "8", "--epochs", "1")
+    out = succeed(train.main, *inputs, "--out", out_dir, "--epochs", "1")
     results = read_json(out_dir / "results.json")
     allocation = read_json(out_dir / "allocation.json")
     adapter = load_file(out_dir / "adapter" / "adapter.safetensors")
@@ -242,10 +242,9 @@ def test_debug_shows_the_traceback(inputs, tmp_path) -> None:
     assert "no such model folder" in done.stderr.splitlines()[-1]
 
 
-def test_matrices_below_the_rank_are_left_out_unless_they_are_named(inputs, tmp_path, succeed,
-                                                                    fails) -> None:
+def test_matrices_below_the_rank_are_left_out(inputs, tmp_path, succeed) -> None:
     """Keys and values have 16 rows, as have two matrices of Qwen3.5's delta nets."""
-    known = *inputs, "--samples", "2", "--rank", "20"
+    known = *inputs, "--rank", "20"
     for main, more in (probe.main, ()), (train.main, ("--epochs", "1")):
         run = tmp_path / main.__module__
         out = succeed(main, *known, *more, "--out", run)
@@ -253,15 +252,13 @@ def test_matrices_below_the_rank_are_left_out_unless_they_are_named(inputs, tmp_
         experts = read_json(run / "allocation.json")["experts"]
         assert {name.rpartition(".")[2] for name in experts} == {
             "q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} and len(experts) == 10
-    fails(train.main, *known, "--target-modules", "q_proj,k_proj",
-          says="rank 20 is more than the matrix itself has: model.layers.0.self")
 
 
 def test_a_probe_of_a_broken_checkpoint_is_one_line(inputs, tmp_path, fails) -> None:
     shutil.copytree(inputs[1], tmp_path / "model")
     edit_tensors(tmp_path / "model" / "model.safetensors",
                  lambda tensors: tensors["model.norm.weight"][0].fill_(math.nan))
-    fails(probe.main, "--model", tmp_path / "model", *inputs[2:], *QUICK[:2],
+    fails(probe.main, "--model", tmp_path / "model", *inputs[2:],
           says="error: the probe of sum, upper found gradients that are not finite: is the "
                "checkpoint whole? If it is, try --dtype float32")
 
@@ -292,11 +289,10 @@ def test_a_run_goes_on_in_less_memory_and_on_another_machine(run, succeed) -> No
     config = read_json(run / "config.json")
     config["arguments"]["device"] = "cuda"
     write_json(run / "config.json", config)
-    for flags in (("--micro-batch-size", "4", "--recompute", "--device", "cpu"), ()):
+    for flags in (("--recompute", "--device", "cpu"), ()):
         succeed(train.main, "--resume", "--out", run, *flags)
         saved = read_json(run / "config.json")["arguments"]      # now they are the run's own
-        assert [saved[name] for name in ("device", "micro_batch_size", "recompute")] == [
-            "cpu", 4, True]
+        assert (saved["device"], saved["recompute"]) == ("cpu", True)
         (run / "results.json").unlink()
 
 

@@ -167,7 +167,7 @@ def test_every_long_stage_counts_to_its_end(run: Path, tmp_path: Path,
     """Bars that would be printed every ten seconds are printed at once."""
     monkeypatch.setattr(progress, "SECONDS", 0)
     train.main(["--model", str(run.parent / "model"), "--data", str(run.parent / "data"), "--out",
-                str(tmp_path / "run"), "--samples", "4", "--epochs", "1", "--limit-test", "3"])
+                str(tmp_path / "run"), "--epochs", "1", "--limit-test", "3"])
     ship(tmp_path / "out", tmp_path / "run")
     counts, seen = re.compile(r"(.*?): +\d+%.* (\d+/\d+) .*?([a-z]+)/s"), dict[str, str]()
     for line in capsys.readouterr().err.splitlines():

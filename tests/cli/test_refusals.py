@@ -18,14 +18,13 @@ WRONG_FLAGS = {              # {script: [(flags, what the last line says)]}
         ("--model .", "--model and --data go"), ("--data .", "--model and --data go together"),
         ("--init x --data . --strategy lora --rank 8", "are: leave out --strategy (--help"),
         ("--epochs 0", "--epochs 0 trains nothing: name a run to judge by --init RUN"),
-        ("--init x --rank 4 --target-modules q_proj", "leave out --target-modules, --rank"),
+        ("--init x --rank 4 --budget-params 9", "leave out --budget-params, --rank"),
         ("--lr -0.001", "argument --lr"), ("--lr nan", "argument --lr"),
-        ("--lr inf", "argument --lr"), ("--alpha 0", "argument --alpha"),
+        ("--lr inf", "argument --lr"),
         ("--batch-size auto", "argument --batch-size"), ("--batch-size 0", "argument --batch-size"),
-        ("--micro-batch-size 0", "argument --micro-batch-size"), ("--model=", "argument --model"),
+        ("--model=", "argument --model"),
         ("--out=", "argument --out"), ("--seed 18446744073709551616", "argument --seed"),
-        ("--only-tasks=", "argument --only-tasks"), ("--allocation=", "argument --allocation"),
-        ("--samples 0", "argument --samples"), ("--samples some", "argument --samples")],
+        ("--only-tasks=", "argument --only-tasks"), ("--allocation=", "argument --allocation")],
     probe: [("--model .", "--model and --data go together"), ("--samples 0", "argument --samples"),
             ("--samples auto", "argument --samples")],
     export: [
@@ -89,7 +88,6 @@ WRONG_FLAGS = {              # {script: [(flags, what the last line says)]}
 # content of a file of --allocation.
 REFUSED = [
     *((script, *row) for script in (train, probe) for row in (
-        ("INPUTS --target-modules nothing,", {}, "no module"),
         ("INPUTS", {"min_experts": -1}, "min_experts"),
         ("INPUTS", {"min_experts": 1100}, "must be a whole number from 0 to 1024, got 1100"),
         ("INPUTS", {"min_experts": "0"}, "min_experts must be a whole number >= 0, got '0'"),
@@ -147,7 +145,7 @@ def test_an_allocation_leaves_nothing_to_choose_or_to_probe(inputs, tmp_path, ca
     (tmp_path / "a.json").write_text(json.dumps({UP: 3}))
     known = *inputs, "--allocation", str(tmp_path / "a.json")
     for main, flags, says in (
-            (train.main, ("--target-modules", "q_proj"), "leave out --target-modules"),
+            (train.main, ("--strategy", "lora"), "leave out --strategy"),
             (probe.main, (), "is an allocation already: nothing is left to probe")):
         code, _, err = finish(main, *known, *flags, capsys=capsys)
         assert code == 2 and says in err

@@ -163,13 +163,13 @@ def test_a_finished_run_is_left_as_it_is(finished, tmp_path, succeed, monkeypatc
 
 
 def test_a_resumed_run_may_change_few_flags(run, capsys, succeed) -> None:
-    more = "--resume", "--out", run, "--checkpoint-every", "5"
+    more = "--resume", "--out", run, "--recompute"
     code, _, err = finish(train.main, *more, "--lr", "0.5", "--epochs", "2", capsys=capsys)
     assert code == 1 and re.search(r"flags: --epochs 2 \(was 1\), --lr 0.5 \(was .*\)\. It may "
-                                   "change --model, --data, --checkpoint-every, --recompute, "
-                                   f".*; another run .*: --init {run}$", err)
+                                   "change --model, --data, --recompute, --device; another run "
+                                   f".*: --init {run}$", err)
     succeed(train.main, *more)
-    assert runs.saved_config(run)["arguments"]["checkpoint_every"] == 5
+    assert runs.saved_config(run)["arguments"]["recompute"] is True
 
 
 def test_a_run_goes_on_where_its_model_and_data_moved_to(inputs, finished, tmp_path, succeed, fails,
@@ -235,12 +235,12 @@ def test_a_system_prompt_is_added_and_remembered_by_the_export(inputs, tmp_path,
 def test_a_run_goes_on_from_the_experts_of_another_or_judges_them(inputs, tmp_path, succeed,
                                                                   fails) -> None:
     """On the same lines: else it would be judged on lines that it was trained on."""
-    quick = ("--samples", "2", "--rank", "2", "--dtype", "float32", "--exact-match", "off")
+    quick = ("--rank", "2", "--dtype", "float32", "--exact-match", "off")
     first, judged, more = (tmp_path / name for name in ("first", "judged", "more"))
     succeed(train.main, *inputs, *quick, "--epochs", "4", "--lr", "0.02", "--seed", "3",
             "--system", "Be brief.", "--out", first)
     for flags, out in ((("--epochs", "0"), judged), (("--epochs", "1", "--lr", "1e-3"), more)):
-        succeed(train.main, "--init", first, *flags, *quick[4:], "--out", out)
+        succeed(train.main, "--init", first, *flags, *quick[2:], "--out", out)
     tasks = [read_json(run / "results.json")["tasks"] for run in (first, judged, more)]
     for name, task in tasks[0].items():
         assert "after" not in task

@@ -56,7 +56,7 @@ def test_out_of_memory_names_the_flags_that_help(said: str) -> None:
         said = str(raised.value)
     for error in RuntimeError(said), MemoryError():
         line = error_line(error)
-        assert re.fullmatch("out of memory .*--micro-batch-size.*--max-length.*--recompute.*"
+        assert re.fullmatch("out of memory .*--batch-size.*--max-length.*--recompute.*"
                             "--base-bits.*", line)
         assert "bfloat16" not in line            # it is slow on many CPUs
 

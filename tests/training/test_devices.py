@@ -87,7 +87,7 @@ def trained(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Call
     @cache
     def make(flags: str) -> Path:
         folder = tmp_path_factory.mktemp("devices")
-        known = [*inputs, "--samples", "4", "--epochs", "1", "--lr", "1e-3",
+        known = [*inputs, "--epochs", "1", "--lr", "1e-3",
                  *flags.split(), "--dtype", "float32"]
         train.main([*known, "--device", "cpu", "--out", str(folder / "cpu")])
         script("train.py", *known, "--device", "other", "--out", folder / "other")
@@ -148,7 +148,7 @@ for device in "cpu", "other":
 def test_a_real_device_learns(inputs: list[str], tmp_path: Path, flags: str, near: float) -> None:
     """It draws other numbers than a CPU, so what both measure of the base is compared."""
     for device in (REAL[0], "cpu"):
-        done = python("train.py", *inputs, *flags.split(), "--samples", 8, "--epochs", 6,
+        done = python("train.py", *inputs, *flags.split(), "--epochs", 6,
                       "--batch-size", 4, "--device", device, "--out", tmp_path / device,
                       timeout=300)
         assert done.returncode == 0, done.stderr
