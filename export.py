@@ -10,10 +10,6 @@ Freezes the routing, writes the folder, keeps it if it computes what PyTorch doe
 export lost of the trained model.
 """
 
-if __name__ == "__main__":
-    from minismoe.io.signals import end_quietly
-    end_quietly()
-
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence

@@ -7,10 +7,6 @@
 Writes RUN/sensitivity.json and RUN/allocation.json, which train.py takes with --allocation.
 """
 
-if __name__ == "__main__":
-    from minismoe.io.signals import end_quietly
-    end_quietly()
-
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -11,10 +11,6 @@ results.json, adapter/ and checkpoint.safetensors. If a run stops after the prob
 completes it, and its files equal those of an undisturbed run, except for times.
 """
 
-if __name__ == "__main__":
-    from minismoe.io.signals import end_quietly
-    end_quietly()
-
 import time
 from collections.abc import Mapping, Sequence
 from itertools import chain

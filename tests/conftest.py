@@ -55,13 +55,10 @@ def multiplies_bfloat16(request: pytest.FixtureRequest) -> Iterator[Callable[...
 
 @pytest.fixture
 def signals() -> Iterator[None]:
-    """SIGINT and SIGHUP as at a terminal; a job in the background, or nohup, has them ignored."""
-    fresh = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for name, handler in fresh.items()
-              if (number := getattr(signal, name, None))}
+    """SIGINT as at a terminal; a job in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from ..io.files import locked
 from ..io.process import bound_memory
-from ..io.signals import end_quietly, handling, interrupt
-from ..io.text import clean, open_streams, print_error
+from ..io.signals import handling, interrupt
+from ..io.text import clean, print_error, replace_unknown_characters
 
 COMMANDS = {"train": "fine-tune a model on your tasks",
             "probe": "measure how sensitive each weight matrix is to each task",
@@ -34,7 +34,6 @@ def main() -> None:
               f"{listing}", file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
     sys.argv = [f"minismoe {name}", *flags]
-    end_quietly()
     if name == "chat":
         sys.exit(import_module("minismoe.runtime.__main__").run())
     installed = find_spec("minismoe.scripts") is not None
@@ -50,11 +49,11 @@ def command(name: str) -> str:
 
 def run_script(main: Callable[[Sequence[str]], None]) -> None:
     """Call a script's main and exit: 0 done, 1 failed with one line on stderr, 128 + the signal's
-    number after Ctrl-C (130), SIGTERM (143) and SIGHUP (129)."""
+    number after Ctrl-C (130) and SIGTERM (143)."""
     from safetensors import SafetensorError  # chat, which does not come here, does without it
     argv = sys.argv[1:]
     bound_memory()
-    open_streams()
+    replace_unknown_characters()
     try:
         with handling(interrupt):
             main(argv)

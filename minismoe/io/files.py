@@ -1,6 +1,5 @@
 """Files and folders that appear whole or not at all, and locks; JSON, links, hashes of files."""
 
-import errno
 import hashlib
 import json
 import os
@@ -8,36 +7,32 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
-
-UNFINISHED = ".minismoe.tmp"             # the end of a folder's name before the renaming
-# Temporary files that a killed process leaves in a run, safetensors' own (.tmpXXXXXX) among them.
-LEFTOVERS = (".*.json.*.tmp", ".*.svg.*.tmp", "adapter/.*.tmp", ".checkpoint.*.tmp",
-             ".tmp??????", "adapter/.tmp??????")
 
 
 @contextmanager
 def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
-    """A temporary file or folder beside `path`, renamed to `path` once it is written without error.
+    """A name beside `path` for a new file, or a new folder, which is renamed to `path` once it is
+    written without error.
 
-    A folder takes no other's place: FileExistsError if `path` exists. Its process holds it by a
-    lock, which ends with the process: folders beside it that killed processes left are removed.
+    A folder takes no other's place: FileExistsError if `path` exists. A process that is killed
+    leaves a hidden folder, .NAME.*.tmp, which may be deleted.
     """
     if folder:
         must_be_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp, lock = _temporary_folder(path) if folder else (_temporary_file(path), None)
+    tmp = path.with_name(f".{path.name}.{token_hex(4)}.tmp")
+    if folder:
+        tmp.mkdir()
     try:
         yield tmp
-        for written in (*tmp.rglob("*"), tmp):
-            _sync(written)
-        umask = os.umask(0)                          # temporary files are the user's alone
-        os.umask(umask)
-        os.chmod(tmp, (0o777 if folder else 0o666) & ~umask)
+        for file in tmp.rglob("*") if folder else [tmp]:
+            if file.is_file():
+                _flush(file)                         # a power cut must not leave a file of zeros
         os.replace(tmp, path)
-        _sync(path.parent)
     except OSError as e:                             # a failed write does not name its file
         if e.errno and str(e.filename or tmp) == str(tmp):
             e.filename = str(path)
@@ -49,83 +44,36 @@ def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
         raise OSError(f"{path} cannot be written: {e}") from None
     finally:                                         # after the renaming, it is gone
         shutil.rmtree(tmp, ignore_errors=True) if folder else tmp.unlink(missing_ok=True)
-        if lock is not None:
-            os.close(lock)
 
 
-def _temporary_file(path: Path) -> Path:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    return Path(name)
-
-
-def _temporary_folder(path: Path) -> tuple[Path, int | None]:
-    """A folder beside `path`, and its lock, if there is one; those that killed processes left are
-    removed."""
-    for left in path.parent.glob(f".*{UNFINISHED}"):
-        with suppress(OSError):
-            if (lock := _lock(left)) is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(lock)
-    new, lock = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)), None
-    with suppress(OSError):
-        lock = _lock(new)                            # before it has a name that others look for
-    return new.rename(f"{new}{UNFINISHED}"), lock
-
-
-def _lock(path: Path) -> int | None:
-    """Lock a folder, or a file, which is made, until the number that is returned is closed; None if
-    another process holds it. Raises OSError where it cannot be locked, as a folder on Windows."""
-    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-            msvcrt.locking(number, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        os.close(number)
-        if e.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            raise
-        return None
-    return number
+def _flush(file: Path) -> None:
+    with file.open("r+b") as f:                      # Windows flushes no file that is read alone
+        os.fsync(f.fileno())
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make `folder`, hold it for this process alone, and remove temporary files of killed ones.
+    """Make `folder`, hold it for this process alone, and remove files that a killed one left.
 
     The lock is the system's, on an open file, so it ends with the process. Raises BlockingIOError
     if another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder / ".lock")
-    if lock is None:
-        raise BlockingIOError(f"{folder} is in use by another process: wait for its end, or choose "
-                              "another --out")
-    try:
-        for pattern in LEFTOVERS:
-            for path in folder.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with (folder / ".lock").open("a") as file:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise BlockingIOError(f"{folder} is in use by another process: wait for its end, or "
+                                  "choose another --out") from None
+        for left in (*folder.rglob(".*.tmp"), *folder.rglob(".tmp??????")):  # ours, safetensors'
+            if left.is_file():
+                left.unlink()
         yield
-    finally:
-        os.close(lock)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file to disk, or the names in a folder, if its file system can do that."""
-    windows = os.name == "nt"                        # it cannot flush folders or read-only handles
-    if windows and path.is_dir():
-        return
-    fd = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as e:
-        if e.errno != errno.EINVAL or not path.is_dir():
-            raise
-    finally:
-        os.close(fd)
 
 
 def last_part(path: str | None) -> str | None:

@@ -1,15 +1,13 @@
-"""Signals that end a process."""
+"""Ctrl-C and SIGTERM, which end a process."""
 
 import os
 import signal
-import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
-ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-          if hasattr(signal, name)]
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -22,37 +20,17 @@ class Interrupted(KeyboardInterrupt):
 
 def interrupt(number: int, frame: object = None) -> None:
     """A signal handler that raises Interrupted."""
-    _hang_up(number)
     raise Interrupted(number=number)
-
-
-def end_quietly() -> None:
-    """Let Ctrl-C end the process in one line: loading modules may swallow a KeyboardInterrupt."""
-    def end(number: int, frame: object) -> None:
-        os.write(2, b"\ninterrupted\n")
-        os._exit(128 + number)
-
-    signal.signal(signal.SIGINT, end)
-
-
-def _hang_up(number: int) -> None:
-    """After SIGHUP send output to nowhere: the terminal is gone, and writing to it would raise."""
-    if number == getattr(signal, "SIGHUP", None):
-        for fd in (1, 2):
-            with suppress(OSError):          # a stream that is closed
-                if stat.S_ISCHR(os.fstat(fd).st_mode):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 @contextmanager
 def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP go to `handler` meanwhile, unless nohup has them ignored. Only the
-    main thread may have it so; in another one they stay with the program's own handlers."""
+    """Ctrl-C and SIGTERM go to `handler` meanwhile. Only the main thread may have it so; in another
+    one they stay with the program's own handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {n: signal.signal(n, handler) for n in ENDING
-              if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number in ENDING}
     try:
         yield
     finally:
@@ -64,14 +42,13 @@ def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
 def waiting() -> Iterator[list[int]]:
     """Collect signals in a list, so that a training step can end first; says so after Ctrl-C.
 
-    A second Ctrl-C raises Interrupted at once; other signals often come twice as a session ends.
+    A second Ctrl-C raises Interrupted at once; SIGTERM often comes twice as a session ends.
     """
     came: list[int] = []
 
     def handler(number: int, frame: object) -> None:
         if came and number == signal.SIGINT:
             interrupt(number)
-        _hang_up(number)
         if number == signal.SIGINT:                      # print() may be what it interrupts
             os.write(2, b"\nending after this step; Ctrl-C again ends at once\n")
         came.append(number)

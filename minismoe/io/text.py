@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 import traceback
@@ -79,22 +80,19 @@ def out_of_memory(e: BaseException) -> bool:
                                     "ALLOC_FAILED", "Invalid buffer size"))      # cuBLAS; MPS
 
 
-def open_streams() -> None:
-    """Let no standard stream end a program: one that is closed, as of a daemon, leads nowhere, and
-    what a stream cannot spell is written, or was read, as "?"."""
-    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))   # noqa: SIM115 (until the process ends)
-        if hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="replace")
+def replace_unknown_characters() -> None:
+    """Write, and read, "?" for a character that the encoding of a standard stream lacks."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
-def print_error(e: BaseException, debug: bool = False, where: str = "") -> None:
-    """Print `error_line` on stderr, with `debug` after the traceback; `where` says more."""
+def print_error(e: BaseException, debug: bool = False) -> None:
+    """Print `error_line` on stderr, with `debug` after the traceback."""
     with contextlib.suppress(OSError):               # stderr may be closed as well
         if debug:
             print(clean("".join(traceback.format_exception(e)), "\n"), file=sys.stderr)
-        print(f"error{where}: {error_line(e)}", file=sys.stderr)
+        print(f"error: {error_line(e)}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from minismoe.io.signals import end_quietly
-    end_quietly()
-
 import argparse
 import signal
 import sys
@@ -14,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..io.flags import natural, new_parser, option, positive, text
-from ..io.text import open_streams, print_error
+from ..io.text import print_error, replace_unknown_characters
 from .folder import read_info
 from .sampling import Sampling
 from .terminal import Terminal
@@ -130,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """Call main and exit: 0 done, 1 failed with one line on stderr, 130 after Ctrl-C."""
-    open_streams()
+    replace_unknown_characters()
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

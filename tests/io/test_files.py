@@ -1,17 +1,14 @@
 """Files appear whole or not at all, with the permissions of any other file."""
 
-import errno
 import os
-import signal
-import stat
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tiny import python
+from tiny import ROOT
 
-from minismoe.io import files
-from minismoe.io.files import read_json, replacing, write_json
+from minismoe.io.files import locked, read_json, replacing, write_json
 
 
 @pytest.mark.parametrize("before", [None, "old"])
@@ -24,84 +21,67 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, before: str | None,
     with pytest.raises(error, match="the reason"), replacing(file) as tmp:
         tmp.write_text("half")
         assert tmp.parent == file.parent, "another file system could not be renamed from"
-        if error is RuntimeError:
-            tmp.unlink()
         raise error("the reason")
     assert [p.read_text() for p in file.parent.iterdir()] == ([f'"{before}"\n'] if before else [])
 
 
-@pytest.mark.skipif(os.name == "nt", reason="folders cannot be locked there")
-def test_folders_of_killed_processes_are_removed(tmp_path: Path, monkeypatch) -> None:
-    """Of any name beside the new one; those of a living process stay, in another container too."""
-    code = ("import os, signal, sys; from pathlib import Path; "
-            "from minismoe.io.files import replacing\n"
-            "with replacing(Path(sys.argv[1]), folder=True) as tmp:\n"
-            "    (tmp / 'x').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)")
-    assert python("-c", code, tmp_path / "first").returncode == -signal.SIGKILL
-    assert len(left := [*tmp_path.iterdir()]) == 1 and (left[0] / "x").exists()
-    (tmp_path / ".notes.tmp").mkdir()                    # not ours
-    monkeypatch.setattr(os, "getpid", lambda: 99_999_999)       # no process of this container
-    with (replacing(tmp_path / "alive", folder=True) as alive,
-          replacing(tmp_path / "second", folder=True)):
-        assert alive.exists() and not left[0].exists()
-    assert {p.name for p in tmp_path.iterdir()} == {".notes.tmp", "alive", "second"}
+def test_a_folder_appears_whole_and_takes_no_others_place(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), replacing(tmp_path / "x", folder=True) as tmp:
+        (tmp / "file").write_text("half")
+        raise RuntimeError
+    assert not [*tmp_path.iterdir()]
+    with replacing(tmp_path / "x", folder=True) as tmp:
+        (tmp / "file").write_text("whole")
+    assert [(p.name, (p / "file").read_text()) for p in tmp_path.iterdir()] == [("x", "whole")]
+    with pytest.raises(FileExistsError, match="exists already"), \
+            replacing(tmp_path / "x", folder=True):
+        pytest.fail("it was begun")
 
 
-def test_a_file_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                   ) -> None:
+def test_a_file_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch) -> None:
     """A power cut after the renaming must not find a file of zeros under the new name."""
-    said: list[tuple[str, str]] = []
-    sync, replace = files._sync, os.replace
-    monkeypatch.setattr(files, "_sync", lambda p: (said.append(("sync", p.name)), sync(p)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (
-        said.append(("name", Path(b).name)), replace(a, b)))
+    flushed, fsync = list[bool](), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (
+        flushed.append((tmp_path / "x.json").exists()), fsync(fd)))
     write_json(tmp_path / "x.json", {})
-    (first, synced), *after = said
-    assert first == "sync" and synced.startswith(".x.json.")
-    assert after == [("name", "x.json"), ("sync", tmp_path.name)]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="folders are not flushed there")
-def test_a_file_system_that_cannot_flush_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                 ) -> None:
-    """Some shared folders refuse it. What is written there must not be lost at the last step."""
-    flush, error = os.fsync, errno.EINVAL
-
-    def refuse(fd: int) -> None:
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
-            raise OSError(error, os.strerror(error))
-        flush(fd)
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    with replacing(tmp_path / "export", folder=True) as folder:
-        write_json(folder / "x.json", {"a": 1})
-    assert read_json(tmp_path / "export" / "x.json") == {"a": 1}
-    error = errno.EIO                        # a disk that fails is no such file system
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        write_json(tmp_path / "x.json", {})
+    assert flushed == [False]
 
 
 def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
-    with pytest.raises(OSError) as found, replacing(tmp_path / "x"):
-        pass
+    with pytest.raises(OSError) as found, replacing(tmp_path / "x") as tmp:
+        tmp.write_text("x")
     assert found.value.filename == str(tmp_path / "x")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no umask there")
 def test_permissions_honour_the_umask(tmp_path: Path) -> None:
-    before = os.umask(0)
+    before = os.umask(0o027)
     try:
-        for mask in 0o022, 0o077, 0o002:
-            os.umask(mask)
-            write_json(tmp_path / "x.json", {})
-            assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o666 & ~mask
-            with replacing(tmp_path / f"{mask}", folder=True) as folder:
-                pass
-            assert (tmp_path / f"{mask}").stat().st_mode & 0o777 == 0o777 & ~mask
-            assert not folder.exists() and os.umask(mask) == mask, "the umask was left changed"
+        write_json(tmp_path / "x.json", {})
+        with replacing(tmp_path / "folder", folder=True):
+            pass
     finally:
         os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("x.json", "folder")] == [
+        0o640, 0o750]
+
+
+def test_a_second_process_is_refused_and_a_dead_one_leaves_nothing(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", f"""
+import sys, time; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path; from minismoe.io.files import locked
+with locked(Path({str(tmp_path)!r})): print("held", flush=True); time.sleep(60)"""],
+                              stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(BlockingIOError, match="is in use by another process"), locked(tmp_path):
+        pytest.fail("two hold it")
+    holder.kill()
+    holder.wait()
+    for left in (".config.json.x.tmp", ".tmpZ0aZ9b"):     # the latter is as safetensors writes
+        (tmp_path / left).touch()
+    with locked(tmp_path):
+        assert [file.name for file in tmp_path.iterdir()] == [".lock"]
 
 
 def test_json_round_trip(tmp_path: Path) -> None:

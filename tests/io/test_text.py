@@ -10,22 +10,26 @@ import pytest
 import torch
 
 from minismoe.io.progress import progress_bar
-from minismoe.io.text import LONGEST, clean, error_line, print_error, table
+from minismoe.io.text import LONGEST, clean, duration, error_line, print_error, table
 
 
-def test_table_aligns_what_is_wide_on_a_terminal():
-    rows = [["日本語", "ab"], ["é", "cd"], ["e\u0301", "ef"], ["abcdefg", "gh"]]
-    lines = table(["task", "what"], rows).splitlines()[2:]
-    assert lines == ["日本語     ab", "é          cd", "e\u0301          ef", "abcdefg    gh"]
-
-
-def test_table_aligns_numbers_right_and_text_left():
-    text = table(["task", "before", "mean"], [["trec", 3, "0.86"], ["a longer one", "-", "12.10%"]])
+def test_a_table_aligns_numbers_right_and_text_left() -> None:
+    """Wide characters take two columns, and accents none."""
+    text = table(["task", "before", "mean"], [
+        ["日本語", 3, "0.86"], ["e\u0301", 4, ""], ["a longer one", "-", "12.10%"]])
     assert text.splitlines() == ["task          before    mean",
                                  "------------  ------  ------",
-                                 "trec               3    0.86",
+                                 "日本語             3    0.86",
+                                 "e\u0301                  4",
                                  "a longer one       -  12.10%"]
     assert table(["a", "b"], []).splitlines() == ["a  b", "-  -"]
+
+
+@pytest.mark.parametrize("seconds, said", [
+    (0.4, "0 s"), (89, "89 s"), (90, "1.5 min"), (599, "10.0 min"), (601, "10 min"),
+    (5399, "90 min"), (5400, "1.5 h"), (40_000, "11 h")])
+def test_a_time_is_said_in_the_unit_that_suits_it(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
 
 
 def test_clean_keeps_what_can_be_read_and_nothing_else() -> None:
@@ -69,50 +73,27 @@ def test_debug_prints_the_traceback_first(capsys: pytest.CaptureFixture[str]) ->
     try:
         raise ValueError("bad")
     except ValueError as e:
-        print_error(e, True, " (process 1)")
+        print_error(e, True)
     said = capsys.readouterr().err
-    assert said.startswith("Traceback") and said.endswith("\nerror (process 1): bad\n")
+    assert said.startswith("Traceback") and said.endswith("\nerror: bad\n")
 
 
-class Stream(io.StringIO):
-    def __init__(self, terminal: bool) -> None:
-        super().__init__()
-        self.isatty = lambda: terminal
-
-
-@pytest.fixture
-def now(monkeypatch) -> list[float]:
-    """A clock at [0], which stands still by itself."""
-    clock = [1e9]
+@pytest.mark.parametrize("terminal, seconds, counts", [      # seconds: of a step; 60 steps
+    (False, 0.5, [20, 40, 60, 60]), (False, 10, [*range(1, 61), 60]), (False, 0.1, []),
+    (True, 0.5, [])])
+def test_a_bar_is_redrawn_at_a_terminal_and_is_a_line_each_ten_seconds_in_a_file(
+        monkeypatch, terminal: bool, seconds: float, counts: list[int]) -> None:
+    now, stream = [1e9], io.StringIO()
     for module in (time, sys.modules["tqdm.std"]):
-        monkeypatch.setattr(module, "time", lambda: clock[0])
-    return clock
-
-
-def written(monkeypatch, now: list[float], terminal: bool, seconds: float, leave: bool) -> str:
-    """What a bar of 60 steps writes, if a step takes so many seconds."""
-    stream = Stream(terminal)
+        monkeypatch.setattr(module, "time", lambda: now[0])
+    stream.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", stream)
-    for _ in progress_bar(range(60), "train", unit="step", leave=leave):
+    for _ in progress_bar(range(60), "train", unit="step"):
         now[0] += seconds
-    return stream.getvalue()
-
-
-@pytest.mark.parametrize("leave", [True, False])
-@pytest.mark.parametrize("seconds, steps", [(0.5, 20), (10, 1)])         # of a step; in 10 s
-def test_a_file_gets_a_line_every_ten_seconds_and_one_at_the_end(monkeypatch, now, leave, seconds,
-                                                                 steps) -> None:
-    said = written(monkeypatch, now, terminal=False, seconds=seconds, leave=leave)
-    assert "\r" not in said and said.endswith("\n")
-    counts = [line.split(" [")[0].split()[-1] for line in said.splitlines()]
-    assert counts == [f"{n}/60" for n in range(steps, 61, steps)] + ["60/60"] * leave
-    assert all(line.startswith("train: ") for line in said.splitlines())
-
-
-def test_a_file_gets_nothing_of_a_bar_that_ends_soon(monkeypatch, now) -> None:
-    assert written(monkeypatch, now, terminal=False, seconds=0.1, leave=True) == ""
-
-
-def test_a_terminal_sees_one_line_redrawn(monkeypatch, now) -> None:
-    said = written(monkeypatch, now, terminal=True, seconds=0.5, leave=True)
-    assert said.count("\r") > 50 and said.count("\n") == 1
+    said = stream.getvalue()
+    if terminal:
+        assert said.count("\r") > 50 and said.count("\n") == 1
+        return
+    assert "\r" not in said and all(line.startswith("train: ") for line in said.splitlines())
+    assert [line.split(" [")[0].split()[-1] for line in said.splitlines()] == [
+        f"{count}/60" for count in counts]
