@@ -93,4 +93,3 @@ two_names = Checked(str, lambda t: len([*filter(str.strip, t.split(","))]) == t.
                     "is not two names with a comma between them")
 number = Checked(float, lambda x: 0 <= x <= LARGEST, "is no number of at least 0")
 fraction = Checked(float, lambda x: 0 < x <= 1, "is not in (0, 1]")
-fraction_or_zero = Checked(float, lambda x: 0 <= x <= 1, "is not in [0, 1]")

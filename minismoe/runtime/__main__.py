@@ -19,14 +19,12 @@ if TYPE_CHECKING:
     from .generator import Generator
 
 PORTS = range(8471, 8571)    # browsers keep a model by its address: the first free one is best
-NEEDS = {"best": "choices", "json": "lines",
-         **dict.fromkeys(("top_p", "top_k", "min_p", "seed"), "temperature")}    # above 0
+NEEDS = {"best": "choices", "json": "lines", "top_p": "temperature"}         # which is above 0
 CONFLICTS = {                                # a flag, and what cannot stand beside it
-    "chat": "prompt raw lines", "lines": "prompt", "tools": "raw choices",
-    "schema": "choices tools", "task": "chat raw instructions tools",
-    "choices": "chat raw max_tokens temperature stop repetition_penalty",        # a whole answer
-    "serve": "prompt chat raw instructions tools schema choices lines task stop no_drafts provider "
-             "threads stats max_tokens temperature repetition_penalty"}          # of an answer
+    "chat": "prompt lines", "lines": "prompt", "tools": "choices", "schema": "choices tools",
+    "task": "chat tools", "choices": "chat max_tokens temperature repetition_penalty",
+    "serve": "prompt chat tools schema choices lines task provider threads stats max_tokens "
+             "temperature repetition_penalty"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,9 +39,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--serve", nargs="?", type=natural, const=-1, metavar="PORT", help="show the page of "
         "layout web at http://127.0.0.1:PORT until Ctrl-C (default: "
         f"{PORTS[0]}, or the next that is free; 0: any free one)")
-    add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
-    add("--instructions", type=text, metavar="FILE", help="begin with a file's text as the system "
-        "prompt or, with --raw, as text before the prompt")
     add("--tools", type=text, metavar="FILE", help="offer the functions of a JSON list of schemas; "
         "prints calls as JSON lines; in a chat, the lines after calls are what they returned")
     add("--schema", type=text, metavar="FILE", help="answer with JSON that this JSON schema "
@@ -57,10 +52,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="with --lines: each answer as a JSON object")
     add("--task", help="put the instruction of this task before the question (default: that of the "
         "folder's only task)")
-    add("--stop", type=text, action="append", default=[], metavar="TEXT", help="end the answer "
-        "before this text; may be given again")
-    add("--no-drafts", action="store_true", help="one step for each token, to compare: "
-        "drafts.json saves steps, and changes no text")
     add("--provider", help="cpu (default), cuda, webgpu, tensorrt, mlx, openvino[:GPU|NPU|CPU] or, "
         "for target npu, qnn[:SOC]; NAME:N is device N; auto: the best of those export.py checked")
     add("--threads", type=positive, metavar="N", help="default: the CPU's physical cores")
@@ -90,8 +81,6 @@ def _open(args: argparse.Namespace) -> Generator:
     from .providers import CPU
 
     generator = Generator(args.folder, args.provider, args.threads, args.verify)
-    if args.no_drafts:
-        generator.drafts = {}
     nodes = generator.nodes                  # slow ones on the CPU are shown in any case
     if nodes.keys() != {CPU} and (args.stats or any(
             op in nodes.get(CPU, "") for op in ("Attention", "MatMul", "Gemm"))):
@@ -109,8 +98,7 @@ def main(argv: Sequence[str]) -> None:
         return
     terminal = Terminal(_open(args), args)
     signal.signal(signal.SIGINT, signal.default_int_handler)     # from now on it ends an answer
-    at_terminal = sys.stdin.isatty() and args.prompt is args.choices is None and not (
-        args.raw or args.lines)
+    at_terminal = sys.stdin.isatty() and args.prompt is args.choices is None and not args.lines
     if args.chat or at_terminal:
         terminal.talk()
     elif args.lines:

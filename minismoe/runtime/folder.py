@@ -123,26 +123,20 @@ def instructed(instruction: str, question: str) -> str:
     return question if question.startswith(instruction) else instruction + question
 
 
-def file_text(name: str, otherwise: str = "") -> str:
-    """The text of a file or of a pipe, as <(...) of a shell is one. Raises ValueError if `name` is
-    neither, which the message ends with `otherwise`, and for text that is not UTF-8."""
-    if not Path(name).is_file() and not Path(name).is_fifo():
-        raise ValueError(f"{name} is no file{otherwise}")
-    with naming(f"{name} is not UTF-8 text", ValueError):
-        return Path(name).read_text(encoding="utf-8-sig")
-
-
 def read_choices(folder: Path, name: str) -> list[str]:
     """The answers that an exported folder knows of a task, or those of a file, one a line.
 
-    Raises ValueError as `file_text` does, and for an empty line.
+    Raises ValueError for a name that is neither, text that is not UTF-8, and an empty line.
     """
     known = {task: entry["choices"] for task, entry in known_tasks(folder).items()
              if entry["choices"]}
     if name in known:                        # a task's name may be no file name
         return known[name]
-    text = file_text(name, f", and none of the tasks whose answers {folder} knows: "
+    if not Path(name).exists():
+        raise ValueError(f"{name} is no file, and none of the tasks whose answers {folder} knows: "
                          f"{', '.join(known) or 'none'}")
+    with naming(f"{name} is not UTF-8 text", ValueError):
+        text = Path(name).read_text(encoding="utf-8-sig")
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
     if "" in lines:
         raise ValueError(f"{name}, line {lines.index('') + 1} is empty: write one answer a line")

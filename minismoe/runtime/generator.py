@@ -41,8 +41,6 @@ class Generator(CachedModel):
         ValueError for a wrong prompt or argument.
         """
         settings, tokens = Sampling(max_tokens, **sampling), self.encoded(prompt)
-        if settings.top_k > self.candidates:
-            raise ValueError(f"top_k {settings.top_k}: the sampler gives {self.candidates} tokens")
         matcher = self.matcher(grammar) if grammar else None
         return Generation(self, tokens, self.room(len(tokens)), settings, matcher)
 
@@ -100,18 +98,17 @@ class Generator(CachedModel):
             yield self.read([token])
 
     def reply(self, messages: Sequence[Message], tools: Sequence[Function] = (),
-              stop: Sequence[str] = (), **options: Any) -> Message:
+              **options: Any) -> Message:
         """The assistant's next message of a chat, with tool_calls if it calls any of `tools`.
 
-        Messages and tools are as transformers has them, stop as of `text`, options of `generate`.
+        Messages and tools are as transformers has them, options are those of `generate`.
         """
         if not messages:
             raise ValueError("the chat is empty: give at least one message")
         chat = with_tools(messages, tools)
         if tools:
             options.setdefault("grammar", self.call_grammar(tools))
-        tokens = self.generate(chat, **options)
-        return self.tokenizer.parse(chat, "".join(self.text(tokens, stop)))
+        return self.tokenizer.parse(chat, "".join(self.text(self.generate(chat, **options))))
 
     def batch(self, prompts: Sequence[Prompt], *args: Any, **options: Any) -> list[list[int]]:
         """The tokens that follow each prompt, one prompt after another; arguments as for
@@ -132,27 +129,14 @@ class Generator(CachedModel):
         tokens = self.encoded(prompt, max(map(len, answers)))
         return likeliest(lambda start: self.prefill([*tokens, *start])[0], answers, best)
 
-    def text(self, tokens: Iterable[int], stop: Sequence[str] = (), strip: bool = False,
-             ) -> Iterator[str]:
-        """Yield the text of tokens in whole characters, up to and without any of the texts `stop`.
-
-        As many characters are kept back as may begin one of these. strip: leave out the white space
-        before the text, which some templates write before an answer.
-        """
-        if isinstance(stop, str):
-            raise ValueError(f"stop is the text {stop!r}: give a list of texts")
-        kept, back = "", max(map(len, stop), default=1) - 1
+    def text(self, tokens: Iterable[int], strip: bool = False) -> Iterator[str]:
+        """Yield the text of tokens in whole characters. strip: leave out the white space before it,
+        which some templates write before an answer."""
         for piece in self._pieces(tokens):
-            kept += piece.lstrip() if strip else piece
-            strip = strip and not kept
-            if ends := [at for end in stop if (at := kept.find(end)) >= 0]:
-                kept = kept[:min(ends)]
-                break
-            if len(kept) > back:
-                yield kept[:len(kept) - back]
-                kept = kept[len(kept) - back:]
-        if kept:
-            yield kept
+            text = piece.lstrip() if strip else piece
+            if text:
+                strip = False
+                yield text
 
     def _pieces(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield the text of tokens, which follow others, in whole characters.

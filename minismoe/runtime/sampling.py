@@ -10,10 +10,10 @@ import random
 from bisect import bisect_left
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, fields
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from typing import Any
 
-from ..io.flags import Checked, flag, fraction, fraction_or_zero, natural, number, wrong_value
+from ..io.flags import Checked, flag, fraction, natural, number, wrong_value
 
 factor = Checked(float, lambda x: 0.01 <= x <= 100, "is not in [0.01, 100]")     # others overflow
 
@@ -22,7 +22,8 @@ factor = Checked(float, lambda x: 0.01 <= x <= 100, "is not in [0.01, 100]")    
 class Sampling:
     """How many tokens an answer has at most, and how each is chosen among the likeliest.
 
-    Each field is a flag of the command line. Raises ValueError for a value that its flag refuses.
+    Fields are flags of the command line, except for the seed, which starts the draws; None: another
+    one each time. Raises ValueError for a value that its flag refuses.
     """
 
     max_tokens: int | None = flag(None, "tokens that an answer has at most (default: until the "
@@ -30,30 +31,23 @@ class Sampling:
     temperature: float = flag(0.0, "0 (default) takes the likeliest token, others draw", number)
     # Sums over the whole vocabulary would take as long as a step of a small model.
     top_p: float = flag(1.0, "draw among the likeliest tokens that together have the share P of "
-                        "the probability of the sampler's tokens (default: 1)", fraction,
-                        metavar="P")
-    top_k: int = flag(0, "draw among the K likeliest tokens (default: as many as the folder's "
-                      "sampler gives, 64)", natural, metavar="K")
-    min_p: float = flag(0.0, "draw among tokens at least P times as likely as the likeliest "
-                        "(default: 0)", fraction_or_zero, metavar="P")
+                        "the probability of the 64 likeliest (default: 1)", fraction, metavar="P")
     repetition_penalty: float = flag(
         1.0, "make tokens of the prompt and the answer less likely: above 1, such as 1.1 "
         "(default: 1)", factor, metavar="F")
-    seed: int | None = flag(None, "starts the draws (default: another one each time)", int)
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            if wrong := wrong_value(f, getattr(self, f.name)):
+            if f.metadata and (wrong := wrong_value(f, getattr(self, f.name))):
                 raise ValueError(f"{f.name} {wrong}")
 
     def draw(self, logits: Sequence[float], rng: random.Random) -> int:
         """Choose an index of `logits`, which are sorted from the largest."""
         if self.temperature == 0:
             return 0
-        weights = [math.exp((x - logits[0]) / self.temperature)
-                   for x in logits[:self.top_k or len(logits)]]
-        masses = [*accumulate(takewhile(lambda weight: weight >= self.min_p, weights))]
-        del masses[bisect_left(masses, self.top_p * sum(weights)) + 1:]
+        masses = [*accumulate(math.exp((x - logits[0]) / self.temperature) for x in logits)]
+        del masses[bisect_left(masses, self.top_p * masses[-1]) + 1:]
         return rng.choices(range(len(masses)), cum_weights=masses)[0]
 
 

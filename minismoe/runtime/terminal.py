@@ -12,24 +12,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.tools import Message, functions, with_tools
+from ..data.tools import Function, Message, functions, with_tools
 from ..io.files import naming, read_json
 from ..io.flags import as_flags, from_flags
 from ..io.process import peak_resident
 from ..io.text import clean, error_line
 from .choices import Answer, answer_tokens, as_json
-from .folder import (
-    file_text,
-    instructed,
-    instruction_of,
-    known_tasks,
-    read_choices,
-    trained_system,
-)
+from .folder import instructed, instruction_of, known_tasks, read_choices, trained_system
 from .grammar import json_grammar
 from .sampling import Sampling
 
 if TYPE_CHECKING:
+    from .generation import Generation
     from .generator import Generator
 
 
@@ -37,22 +31,15 @@ class Terminal:
     """A generator, and how it answers by the flags of the command line."""
 
     def __init__(self, generator: Generator, args: argparse.Namespace):
-        self.generator, self.args = generator, args
+        self.generator, self.args, self.tools = generator, args, list[Function]()
         self.options = as_flags(from_flags(Sampling, vars(args)))        # of `Generator.generate`
         self.system, self.before = trained_system(generator.folder), self._instruction()
-        if args.instructions:
-            text = file_text(args.instructions)
-            if not text.strip():
-                raise ValueError(f"{args.instructions} is empty: write the instructions into it")
-            self.system, self.before = ([], text) if args.raw else (
-                [{"role": "system", "content": text}], "")
-        with naming(args.tools, ValueError):
-            schemas = args.tools and Path(args.tools).read_text(encoding="utf-8-sig")
-            self.tools = functions(schemas, "the file")
+        if args.tools:
+            with naming(args.tools, ValueError):
+                schemas = Path(args.tools).read_text(encoding="utf-8-sig")
+                self.tools = functions(schemas, "the file")
         if self.tools:
             self.options["grammar"] = generator.call_grammar(self.tools)
-        if args.schema and Path(args.schema).exists() and not Path(args.schema).is_file():
-            raise ValueError(f"{args.schema} is no file: a schema is read twice")
         if args.schema:
             self.options["grammar"] = json_grammar(read_json(args.schema))
             generator.matcher(self.options["grammar"])       # refuses a wrong one before any line
@@ -63,7 +50,7 @@ class Terminal:
     def _instruction(self) -> str:
         """That of --task, or of the task of --choices, which goes before a question."""
         args, folder = self.args, self.generator.folder
-        if args.raw or args.tools or args.chat or args.instructions:
+        if args.tools or args.chat:
             return ""
         named = args.choices if args.choices in known_tasks(folder) else None
         return instruction_of(folder, args.task or named)
@@ -72,7 +59,7 @@ class Terminal:
         """Print the answer to a prompt. Raises KeyboardInterrupt if Ctrl-C ended it."""
         if self.choices:
             _show("".join(f"{self._shown(answer)}\n" for answer in self._choose(text)))
-        elif self._answer(self._chat(text), text, _show)[2] == "interrupted":
+        elif self._answer(self._chat(text), _show)[2].ended == "interrupted":
             raise KeyboardInterrupt
 
     def lines(self) -> None:
@@ -83,8 +70,7 @@ class Terminal:
             try:
                 with naming("the line is not UTF-8 text", UnicodeDecodeError):
                     line = given.decode("utf-8-sig" if number == 1 else "utf-8")
-                line = line.removesuffix("\n")
-                said, record = self._line(line if self.args.raw else line.strip(), number)
+                said, record = self._line(line.strip())
             except ValueError as e:
                 said, record, bad = "", {"text": "", "error": error_line(e)}, bad + 1
                 print(f"line {number}: {error_line(e)}", file=sys.stderr)
@@ -94,7 +80,7 @@ class Terminal:
             raise ValueError(f"{bad} of {number} lines have no answer" if bad else
                              "the standard input has no line")
 
-    def _line(self, text: str, number: int) -> tuple[str, dict[str, Any]]:
+    def _line(self, text: str) -> tuple[str, dict[str, Any]]:
         """The answer to a line: as text, and as an object for --json."""
         if not text:
             raise ValueError("the line is empty")
@@ -102,12 +88,12 @@ class Terminal:
             found = self._choose(text)
             return "\t".join(map(self._shown, found)), {
                 "text": found[0].text, "likeliest": as_json(found)}
-        said, message, ended, logprob = self._answer(self._chat(text), text, seed=number - 1)
-        if ended == "interrupted":
+        said, message, answer = self._answer(self._chat(text))
+        if answer.ended == "interrupted":
             raise KeyboardInterrupt
         calls = {"tool_calls": message["tool_calls"]} if "tool_calls" in message else {}
-        return said, {"text": message["content"] if calls else said, "ended": ended,
-                      "logprob": logprob} | calls
+        return said, {"text": message["content"] if calls else said, "ended": answer.ended,
+                      "logprob": answer.logprob} | calls
 
     def talk(self) -> None:
         """Answer line by line until the input ends; Ctrl-C ends an answer, not the chat."""
@@ -131,7 +117,7 @@ class Terminal:
                     history, results = [*history, turn], results - 1
                     continue
                 chat = self._fitting([*history, turn])
-                _, answer, *_ = self._answer(chat, show=_show)
+                answer = self._answer(chat, _show)[1]
                 history, results = [*chat, answer], len(answer.get("tool_calls", ()))
             except EOFError:
                 return
@@ -159,18 +145,15 @@ class Terminal:
         user = {"role": "user", "content": instructed(self.before, text)}
         return with_tools([*self.system, user], self.tools)
 
-    def _answer(self, chat: Sequence[Message], text: str = "", show: Callable[[str], None] =
-                lambda piece: None, seed: int = 0) -> tuple[str, Message, str, float]:
-        """Answer a chat or, with --raw, a text; returns the answer as text and as a message, why it
-        ended, as of `Generation` or "interrupted", and its log-probability.
+    def _answer(self, chat: Sequence[Message], show: Callable[[str], None] = lambda piece: None,
+                ) -> tuple[str, Message, Generation]:
+        """Answer a chat; returns the answer as text, with calls one a line, as a message, and as it
+        came about. Its `ended` may be "interrupted", too.
 
-        show: takes the answer as it comes or, if it may hold calls, at its end, one call a line;
-        seed: is added to --seed.
+        show: takes the text as it comes or, if it may hold calls, at its end.
         """
-        tokenizer, times, said = self.generator.tokenizer, [time.perf_counter()], ""
-        answer = self.generator.generate(
-            instructed(self.before, text) if self.args.raw else chat,
-            **self.options | {"seed": None if self.args.seed is None else self.args.seed + seed})
+        answer, said = self.generator.generate(chat, **self.options), ""
+        times = [time.perf_counter()]
 
         def timed() -> Iterator[int]:
             for token in answer:
@@ -178,31 +161,24 @@ class Terminal:
                 yield token
 
         try:
-            for piece in self.generator.text(timed(), self.args.stop, strip=not self.args.raw):
+            for piece in self.generator.text(timed(), strip=True):
                 said += piece
                 show("" if self.tools else piece)
-            ended = answer.ended
         except KeyboardInterrupt:
-            ended = "interrupted"
-        message = tokenizer.parse(chat, said)
+            answer.ended = "interrupted"
+        message = self.generator.tokenizer.parse(chat, said)
         if self.tools:
             said = "\n".join(json.dumps(call["function"], ensure_ascii=False) for call in
                              message.get("tool_calls", ())) or message["content"]
             show(said)
         show("\n")
-        if ended == "context":
+        if answer.ended == "context":
             print(f"[the context of {self.generator.context} tokens is full]", file=sys.stderr)
-        if ended == "max_tokens" and self.options.get("grammar"):
+        if answer.ended == "max_tokens" and self.options.get("grammar"):
             print(f"[the answer was cut at {self.args.max_tokens} tokens]", file=sys.stderr)
         if self.args.stats and len(times) > 1:
-            first, rest, count = times[1] - times[0], times[-1] - times[1], len(times) - 2
-            cached = answer.reader.cached_tokens
-            read = len(answer.reader.prompt) - cached
-            _print_stats(f"first token {first:.3f} s, prompt {read / first:.0f} "
-                         f"tokens/s and {cached} from the cache, {count + 1} tokens "
-                         f"at {count / rest if rest else 0:.0f} tokens/s, "
-                         f"{(count + (ended == 'stop')) / max(1, answer.steps):.2f} tokens a step")
-        return said, message, ended, answer.logprob
+            _print_speed(answer, times)
+        return said, message, answer
 
     def _choose(self, text: str) -> list[Answer]:
         """The likeliest of --choices, as many as --best says."""
@@ -222,6 +198,17 @@ class Terminal:
 def _show(text: str) -> None:
     """Print a part of a line; to a terminal without control characters, as models write some."""
     print(clean(text, "\n\t") if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def _print_speed(answer: Generation, times: Sequence[float]) -> None:
+    """Print how fast an answer was, of which the first of the times is the beginning."""
+    first, rest, count = times[1] - times[0], times[-1] - times[1], len(times) - 2
+    cached = answer.reader.cached_tokens
+    read = len(answer.reader.prompt) - cached
+    steps = (count + (answer.ended == "stop")) / max(1, answer.steps)
+    _print_stats(f"first token {first:.3f} s, prompt {read / first:.0f} tokens/s and {cached} from "
+                 f"the cache, {count + 1} tokens at {count / rest if rest else 0:.0f} tokens/s, "
+                 f"{steps:.2f} tokens a step")
 
 
 def _print_stats(text: str) -> None:

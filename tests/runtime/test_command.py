@@ -15,7 +15,6 @@ import pytest
 from exported import answer_of, command, describe, export, scripted, user
 from tiny import ROOT, python
 
-from minismoe.io.text import clean
 from minismoe.runtime import __main__ as program
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="it needs POSIX")
@@ -71,10 +70,9 @@ def test_command_in_a_bare_process(generator, folders) -> None:
     assert (several.stdout, several.stderr) == (
         answer_of(generator, user("one\ntwo")) + "\n",
         "[2 lines are one prompt; --lines answers each line]\n")
-    for prompt, note in (("some words", ""), ("x" * 94, "[the context of 96 tokens is full]\n")):
-        raw, text = command(folders["portable"], prompt, "--raw"), generator.generate(prompt)
-        assert raw.stdout == "".join(generator.text(text)) + "\n"
-        assert (raw.stderr, text.ended) == (note, "context" if note else "stop")
+    full = command(folders["portable"], "x" * 75)
+    assert full.stdout == answer_of(generator, user("x" * 75), None) + "\n"
+    assert full.stderr == "[the context of 96 tokens is full]\n"
 
 
 @pytest.mark.parametrize("args, line", [
@@ -105,11 +103,9 @@ def test_chat(generator, folders) -> None:
 
 
 def test_a_space_before_an_answer_is_not_printed(tmp_path, capsys) -> None:
-    """The template writes it; before the text that follows a raw prompt, it is text."""
-    folder = scripted(tmp_path / "f", "  ", "\n yes", " it is")
-    for flags, printed in ([], "yes it is\n"), (["--raw"], "  \n yes it is\n"):
-        program.main([str(folder), "x", *flags])
-        assert capsys.readouterr().out == printed
+    """The template writes it."""
+    program.main([str(scripted(tmp_path / "f", "  ", "\n yes", " it is")), "x"])
+    assert capsys.readouterr().out == "yes it is\n"
 
 
 def test_each_call_of_an_answer_gets_its_result(tmp_path) -> None:
@@ -169,12 +165,6 @@ def test_a_terminal_gets_no_control_characters(tmp_path) -> None:
     assert at_terminal(*chosen, typed="") == "a\ufffd[31mb\n"
 
 
-@posix
-def test_a_raw_prompt_at_a_terminal_is_read_as_it_is(folders, generator) -> None:
-    said = clean("".join(generator.text(generator.generate("hello", 4))), "\n\t")
-    assert at_terminal(folders["ort"], "--raw", "--max-tokens", 4, typed="hello\n") == said + "\n"
-
-
 # --lines
 
 def test_each_line_gets_a_line(generator, folders) -> None:
@@ -186,22 +176,18 @@ def test_each_line_gets_a_line(generator, folders) -> None:
         answer_of(generator, user("one")), "", "", answer_of(generator, user("two"))))
     assert re.fullmatch("line 2: the line is empty\nline 3: the prompt has .* leaves no room .*\n"
                         "error: 2 of 4 lines have no answer\n", done.stderr)
-    raw = command(folders["ort"], "--lines", "--raw", "--max-tokens", 9, input=" two \n")
-    assert raw.stdout == "".join(generator.text(generator.generate(" two ", 9))) + "\n"
     assert "has no line" in command(folders["ort"], "--lines").stderr
 
 
 def test_marks_in_a_question_are_asked_too(folders, generator, capsys) -> None:
     """U+FDD0 and U+FDD1, which mark texts within the runtime."""
-    text, said = "a\ufdd0b\ufdd0\ufdd1", []
-    for ids in (generator.tokenizer.encode(text)[0],
-                [256, *f"User: {text}\nAssistant:".encode()]):
-        said.append("".join(generator.text(generator.generate(ids, 4))))
-    for flags, wanted in ([text, "--raw"], said[0]), ([text], said[1].lstrip()):
-        program.main([str(folders["ort"]), *flags, "--max-tokens", "4"])
-        assert capsys.readouterr().out == wanted + "\n"
+    text = "a\ufdd0b\ufdd0\ufdd1"
+    ids = [256, *f"User: {text}\nAssistant:".encode()]
+    said = "".join(generator.text(generator.generate(ids, 4), strip=True))
+    program.main([str(folders["ort"]), text, "--max-tokens", "4"])
+    assert capsys.readouterr().out == said + "\n"
     lines = command(folders["ort"], "--lines", "--json", "--max-tokens", 4, input=text)
-    assert json.loads(lines.stdout)["text"] == said[1].lstrip()
+    assert json.loads(lines.stdout)["text"] == said
 
 
 def test_line_ends_of_an_answer_are_two_characters_or_json(tmp_path) -> None:
@@ -227,14 +213,6 @@ def test_lines_of_a_live_pipe_are_answered_as_they_come(folders, generator) -> N
         patience.cancel()
 
 
-def test_each_line_has_draws_of_its_own(folders, generator) -> None:
-    done = command(folders["ort"], "--lines", "--max-tokens", 9, "--temperature", 5, "--seed", 7,
-                   input="one\n" * 3)
-    said = [answer_of(generator, user("one"), temperature=5.0, seed=seed) for seed in (7, 8, 9)]
-    assert done.stdout == "".join(in_one_line(text) + "\n" for text in said)
-    assert len({*said}) == 3
-
-
 TASKS = {"color": {"choices": ["red", "blue"], "instruction": "Name it.\n"}}
 
 
@@ -247,8 +225,6 @@ def test_a_question_is_asked_as_it_was_judged(model, tmp_path, generator) -> Non
     assert command(task, "Name it.\nsky", *limit).stdout == said[0] + "\n"
     lines = command(task, "--lines", *limit, "--task", "color", input="sky\nsea\n").stdout
     assert lines == "".join(in_one_line(text) + "\n" for text in said)
-    raw = "".join(generator.text(generator.generate("sky", 9)))
-    assert command(task, "sky", "--raw", *limit).stdout == raw + "\n"
     best, = generator.choose(user("Name it.\nsky"), ["red", "blue"])
     chosen = command(task, "sky", "--choices", "color", "--best", 1).stdout
     assert chosen == f"{math.exp(best.logprob):.4f}\t{best.text}\n"
@@ -274,19 +250,6 @@ def test_lines_are_utf_8(folders, generator) -> None:
     assert done.returncode == 1 and done.stdout == said + b"\n\n" + said + b"\n"
     assert re.fullmatch("line 2: the line is not UTF-8 text: .*\nerror: 1 of 3 lines have no "
                         "answer\n", done.stderr.decode())
-
-
-@posix
-def test_pipes_as_files(folders, tmp_path) -> None:
-    """<(...) of a shell can hold answers; a schema, which is read twice, cannot."""
-    os.mkfifo(tmp_path / "fifo")
-    writing = threading.Thread(target=lambda: (tmp_path / "fifo").write_text("red\nblue\n"))
-    writing.start()
-    done = command(folders["ort"], "x", "--choices", tmp_path / "fifo")
-    writing.join()
-    assert done.stdout in ("red\n", "blue\n")
-    done = command(folders["ort"], "x", "--schema", tmp_path / "fifo")
-    assert done.returncode == 1 and "fifo is no file" in done.stderr
 
 
 def test_a_long_chat_forgets_its_oldest_turns(folders, generator) -> None:
@@ -334,30 +297,3 @@ def test_flags_reach_the_generator(folders, monkeypatch) -> None:
             program._open(program._parse([str(folders["ort"]), *flags]))
     assert made == [(str(folders["ort"]), "cpu", 3, True),
                     (str(folders["ort"]), None, None, False)]
-
-
-# --instructions
-
-def test_a_prefix_from_a_file_is_a_system_prompt_or_raw_text(generator, folders, tmp_path) -> None:
-    (tmp_path / "rules").write_text("be brief")
-    flags = ["--instructions", tmp_path / "rules", "--max-tokens", 6]
-    system = {"role": "system", "content": "be brief"}
-    expected = answer_of(generator, [system, *user("hello")], 6) + "\n"
-    done = command(folders["ort"], "hello", *flags)
-    assert (done.stdout, done.stderr) == (expected, "")
-    chat = command(folders["ort"], "--chat", *flags, input="hello\n/clear\nhello\n")
-    assert chat.stdout == expected * 2, chat.stderr
-    raw = command(folders["ort"], " he", "--raw", *flags)
-    assert raw.stdout == "".join(generator.text(generator.generate("be brief he", 6))) + "\n"
-    assert [file.name for file in tmp_path.iterdir()] == ["rules"]
-
-
-@pytest.mark.parametrize("content, message", [
-    (b" \n", "is empty: write the"), (b"\xff", "is not UTF-8"),
-    (None, "is no file"),
-    (b"x" * 100, "leaves no room in the context of 96")])
-def test_a_prefix_that_is_wrong_is_one_line(folders, tmp_path, content, message) -> None:
-    if content is not None:
-        (tmp_path / "rules").write_bytes(content)
-    done = command(folders["ort"], "a", "--instructions", tmp_path / "rules")
-    assert done.returncode == 1 and re.fullmatch(f"error: .*{message}.*\n", done.stderr)
