@@ -259,16 +259,6 @@ def test_a_long_chat_forgets_its_oldest_turns(folders, generator) -> None:
     assert done.stdout.endswith(answer_of(generator, user(lines[2]), 4) + "\n")
 
 
-@posix
-def test_ctrl_c_while_modules_load() -> None:
-    done = python("-c", runtime_after(
-        "class Stop:\n"
-        "    def find_spec(self, name, *rest):\n"
-        "        if name == 'minismoe.runtime.folder': os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.meta_path.insert(0, Stop())"), "y", "z")
-    assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
-
-
 # Limits
 
 def test_starts_fast_and_small(folders) -> None:
