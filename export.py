@@ -109,7 +109,7 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
     if settings.dtype == STORED:
         widened(inputs.model)
     for task in inputs.tasks:
-        most = ANSWERED if can_match(inputs.encoded[task.name]) else CHECKED
+        most = ANSWERED if can_match(task.new_words) else CHECKED
         lines = cli.drawn([*range(len(task.test))], config.limit_test or most, saved.seed)
         task.test = [task.test[i] for i in lines]
         if right := judged.get(task.name):

@@ -17,7 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minismoe import reference
-from minismoe.data.tasks import Example
+from minismoe.data.tasks import Example, example_of
+from minismoe.data.tokenizer import Tokenizer
+from minismoe.data.tools import Message
+from minismoe.data.turns import encode_line
 from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
@@ -222,6 +225,11 @@ def small_model(kind: str, **sizes: Any) -> torch.nn.Module:
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.25)
     return model.eval()
+
+
+def encode(task: str, messages: Sequence[Message], tokenizer: Tokenizer) -> Example:
+    """The example of a conversation, whole."""
+    return example_of(task, encode_line(messages, tokenizer))
 
 
 def write_lines(file: Path, pairs: Iterable[tuple[str, str]]) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -19,23 +19,26 @@ from ..data.tasks import (
     HELD_OUT,
     Example,
     Task,
-    encode,
+    cut,
     encode_all,
+    encode_lines,
+    example_of,
     hold_out_validation,
     load_tasks,
 )
 from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..data.turns import Line, encode_line
 from ..io.hub import resolve
 from ..io.text import clean, in_colour, table
 from ..method.loss import IGNORE
 from ..model.checkpoint import load_model, read_config
 from ..model.decoder import CausalLM, meta_model
-from ..training.evaluate import Questions, questions
+from ..training.evaluate import Questions, ask
 from ..training.plan import ENOUGH, can_match
 from .flags import InputConfig
 
 Config = TypeVar("Config", bound=InputConfig)
-Line = TypeVar("Line")
+Item = TypeVar("Item")
 VALIDATION_LINES = 64    # of each task: they are measured ten times while the model trains
 
 
@@ -107,6 +110,8 @@ def load_inputs(config: InputConfig, quiet: bool = False) -> Inputs:
     Raises ValueError if a task has no example with a supervised token.
     """
     tasks = read_tasks(config)               # first: wrong data is found before a model is fetched
+    for task in held_out_of(tasks):
+        hold_out_validation(task, config.seed)
     folder = model_folder(config)
     tokenizer = load_tokenizer(folder)
     context = read_config(folder)[0].max_position_embeddings
@@ -115,13 +120,12 @@ def load_inputs(config: InputConfig, quiet: bool = False) -> Inputs:
     if empty := [name for name, examples in train.items() if not examples]:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
                          f"{length} tokens (--max-length, or what the model was made for)")
-    for task in held_out_of(tasks, train):
-        hold_out_validation(task, config.seed)
-        train[task.name] = encode_all(task, tokenizer, length)
-    asked = {split: {t.name: leave_out_long(t, split, tokenizer, context) for t in tasks}
-             for split in ("valid", "test")}
-    valid, test = ({t.name: encode_all(t, tokenizer, length, split) for t in tasks}
-                   for split in ("valid", "test"))
+    lines = {split: {t.name: leave_out_long(t, split, encode_lines(t, tokenizer, split), context)
+                     for t in tasks} for split in ("valid", "test")}
+    valid, test = ({t.name: cut(of_split[t.name], t, length) for t in tasks}
+                   for of_split in lines.values())
+    judged = lines["test" if config.limit_test != 0 else "valid"]
+    asked = {name: ask(of_task) for name, of_task in judged.items()}
     model = load_base(config, folder)
     if not quiet:
         size = sum(p.numel() for p in meta_model(model.config).parameters())
@@ -129,28 +133,27 @@ def load_inputs(config: InputConfig, quiet: bool = False) -> Inputs:
         print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {config.device}, "
               f"{config.dtype}{bits}")
         print_data(tokenizer, tasks, train, valid, test)
-    return Inputs(folder, model, tokenizer, tasks, train, valid, test,
-                  asked["test" if config.limit_test != 0 else "valid"])
+    return Inputs(folder, model, tokenizer, tasks, train, valid, test, asked)
 
 
-def held_out_of(tasks: Sequence[Task], train: Mapping[str, Sequence[Example]]) -> list[Task]:
+def held_out_of(tasks: Sequence[Task]) -> list[Task]:
     """The tasks of free text that validation lines are held out of; none if not each task then has
     enough of them to say which step is best."""
-    open_text = [task for task in tasks if not (task.has_valid or can_match(train[task.name]))]
+    open_text = [task for task in tasks if not (task.has_valid or can_match(task.new_words))]
     counts = [HELD_OUT * len(task.train) if task in open_text else len(task.valid)
               for task in tasks]
     return open_text if min(counts) >= ENOUGH else []
 
 
-def leave_out_long(task: Task, split: str, tokenizer: Tokenizer, context: int) -> Questions:
-    """The questions of a split. Lines whose prompt fills the model's context leave it, and `task`
-    notes how many they are."""
-    lines, asked = getattr(task, split), questions(tokenizer, task, context, split)
-    if long := len(lines) - len(asked.lines):
+def leave_out_long(task: Task, split: str, lines: Iterable[Line], context: int) -> list[Line]:
+    """The lines of a split whose prompts do not fill the model's context. The others leave the
+    task, which notes how many they are."""
+    short = [line for line in lines if len(line.prompt) < context]
+    if long := len(getattr(task, split)) - len(short):
         task.notes.append(f"{long} {WORDS[split]} lines left out: their prompts fill the model's "
                           f"context of {context:,} tokens")
-    setattr(task, split, asked.lines)
-    return asked
+    setattr(task, split, [[*line.messages] for line in short])
+    return short
 
 
 def read_tasks(config: InputConfig) -> list[Task]:
@@ -177,7 +180,7 @@ def read_tasks(config: InputConfig) -> list[Task]:
     return tasks
 
 
-def drawn(lines: list[Line], limit: int | None, seed: int) -> list[Line]:
+def drawn(lines: list[Item], limit: int | None, seed: int) -> list[Item]:
     """At most `limit` lines, in their order: a file may be sorted by its answers."""
     if limit is None or len(lines) <= limit:
         return lines
@@ -233,10 +236,11 @@ def print_examples(config: InputConfig, count: int) -> None:
     mark, end = ("\033[32m", "\033[0m") if in_colour() else ("[[", "]]")
     for task in tasks:
         for number, messages in enumerate(task.train[:count], 1):
-            example = encode(task.name, messages, tokenizer)
+            line = encode_line(messages, tokenizer)
+            example = example_of(task.name, line)
             print(f"--- {clean(task.name)} {number}: {len(example.ids)} tokens, "
                   f"{example.supervised} supervised")
-            text, _, starts = tokenizer.encode_chat(messages)
+            text, _, starts = line.whole
             texts = (text[i:j] for i, j in pairwise([*starts, len(text)]))
             for is_answer, tokens in groupby(zip(example.labels, texts), lambda t: t[0] != IGNORE):
                 piece = clean("".join(text for _, text in tokens), "\n")

@@ -4,10 +4,7 @@ A task is a folder with train.jsonl and, preferably, valid.jsonl and test.jsonl,
 files.py says which files are read, and lines.py what their lines hold.
 """
 
-import os
 import random
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..io.files import naming
 from ..method.loss import IGNORE
+from .answers import closed_answers, new_words, shared_instruction
 from .files import (
     TABLE,
     WORDS,
@@ -31,12 +29,10 @@ from .files import (
 from .lines import Contents, Conversation
 from .tokenizer import Tokenizer
 from .tools import Message
-from .turns import check_template, encode_line
+from .turns import Line, check_template, encode_line
 
-MOST_CHOICES = 300               # answers of a task that are still a small set
 HELD_OUT = 0.1                   # share of the training lines, for a split that has no file
 MOST_TESTED, MOST_VALIDATED = 1000, 64       # lines of that share; validation is read many times
-WORD = re.compile(r"\w+")
 Batch = tuple[Tensor, Tensor, Tensor]        # input_ids, attention_mask, labels, each (B, T)
 
 
@@ -56,9 +52,11 @@ class Task:
 
     def __post_init__(self) -> None:
         """Find what all lines share, before --limit-train leaves some of them out."""
-        # The answers, if they are a small set.
+        # The answers, if they are a small set; whole lines that begin all prompts; and the share of
+        # new words in answers, of which free text has many.
         self.choices = closed_answers(self.train, [*self.valid, *self.test])
-        self.instruction = shared_instruction(self.train)    # lines that begin all prompts
+        self.instruction = shared_instruction(self.train)
+        self.new_words = new_words(self.train)
 
 
 @dataclass
@@ -75,6 +73,7 @@ class Example:
     index: int = 0                # its place among the task's training conversations
     cut: bool = False             # by the length limit
     asked: list[int] = field(default_factory=list)       # positions of what users wrote
+    new_words: float = 0.0        # their share in the task's answers
     prompt_weight: float = 0.0
     smoothing: float = 0.0
 
@@ -175,37 +174,26 @@ def without(lines: Sequence[list[Message]], others: Iterable[list[Message]]) -> 
     return [messages for messages in lines if comparable(messages) not in known]
 
 
-def closed_answers(train: Sequence[Sequence[Message]],
-                   held_out: Sequence[Sequence[Message]] = ()) -> list[str]:
-    """The answers of training lines, sorted, if they are a small closed set; else none.
+def encode_lines(task: Task, tokenizer: Tokenizer, split: str = "train") -> Iterator[Line]:
+    """The lines of a task's split, "train", "valid" or "test", as tokens, whole.
 
-    The share of lines whose answer is unique estimates how often a new line has an unseen answer
-    (Good 1953): a set is closed if that is at most one line in a hundred, and if no line that is
-    held out has another answer. Prompts of the same words count once.
+    Raises the ValueErrors of `encode_line` and `check_template` with the task, the split, and the
+    example's number as --show counts it.
     """
-    if any("tool_calls" in messages[-1] for messages in (*train, *held_out)):
-        return []
-    lines = {(*(" ".join(WORD.findall(m.get("content", "").lower())) for m in messages[:-1]),
-              messages[-1]["content"].strip()) for messages in train}
-    counts = Counter(line[-1] for line in lines)
-    once = sum(number == 1 for number in counts.values())
-    closed = len(counts) <= MOST_CHOICES and 100 * once <= len(lines) and all(
-        messages[-1]["content"].strip() in counts for messages in held_out)
-    return sorted(counts) if closed else []
+    checked = set[bool]()
+    for number, messages in enumerate(getattr(task, split), 1):
+        with naming(f"task {task.name}, {WORDS[split]} example {number}, "
+                    f"{messages[0]['content'][:40]!r}", ValueError):
+            calls = any("tool_calls" in message for message in messages)
+            if calls not in checked:         # a template writes all lines alike
+                check_template(messages, tokenizer)
+                checked.add(calls)
+            line = encode_line(messages, tokenizer)
+        yield line
 
 
-def shared_instruction(conversations: Sequence[Sequence[Message]]) -> str:
-    """The whole lines that all prompts begin with, if each is one user's message; else ""."""
-    if not all([m["role"] for m in messages[:-1]] == ["user"] for messages in conversations):
-        return ""
-    text = os.path.commonprefix([messages[0]["content"] for messages in conversations])
-    return text[:text.rfind("\n") + 1]
-
-
-def encode(task: str, messages: Sequence[Message], tokenizer: Tokenizer) -> Example:
-    """Tokens of a conversation; the assistant's turns are supervised up to their end token. Raises
-    the ValueErrors of `encode_line`."""
-    line = encode_line(messages, tokenizer)
+def example_of(task: str, line: Line) -> Example:
+    """The example of a line, whole: the assistant's turns are supervised up to their end token."""
     ids, labels, asked = line.whole.ids, [IGNORE] * len(line.whole.ids), list[int]()
     for turn in line.turns:
         if turn.supervised:
@@ -215,29 +203,24 @@ def encode(task: str, messages: Sequence[Message], tokenizer: Tokenizer) -> Exam
     return Example(task, ids, labels, asked=asked)
 
 
-def encode_all(task: Task, tokenizer: Tokenizer, max_length: int, split: str = "train",
-               ) -> list[Example]:
-    """The examples of a task's split, "train", "valid" or "test", cut to `max_length` tokens.
-
-    An example without a supervised token before the limit is dropped. Raises the ValueErrors of
-    `encode` and `check_template` with the task, the split, and the example's number as --show
-    counts it.
-    """
-    examples, checked = list[Example](), set[bool]()
-    for index, messages in enumerate(getattr(task, split)):
-        with naming(f"task {task.name}, {WORDS[split]} example {index + 1}, "
-                    f"{messages[0]['content'][:40]!r}", ValueError):
-            calls = any("tool_calls" in message for message in messages)
-            if calls not in checked:         # a template writes all lines alike
-                check_template(messages, tokenizer)
-                checked.add(calls)
-            whole = encode(task.name, messages, tokenizer)
+def cut(lines: Iterable[Line], task: Task, max_length: int) -> list[Example]:
+    """The examples of some lines, of at most `max_length` tokens; those without a supervised token
+    before the limit are left out."""
+    examples = list[Example]()
+    for index, line in enumerate(lines):
+        whole = example_of(task.name, line)
         ids, labels = whole.ids[:max_length], whole.labels[:max_length]
         if any(label != IGNORE for label in labels[1:]):
             asked = [i for i in whole.asked if i < max_length]
             examples.append(Example(task.name, ids, labels, index, len(whole.ids) > max_length,
-                                    asked))
+                                    asked, task.new_words))
     return examples
+
+
+def encode_all(task: Task, tokenizer: Tokenizer, max_length: int, split: str = "train",
+               ) -> list[Example]:
+    """The examples of a task's split, cut to `max_length` tokens; see `encode_lines` and `cut`."""
+    return cut(encode_lines(task, tokenizer, split), task, max_length)
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:

@@ -38,9 +38,10 @@ class Line(NamedTuple):
     """A conversation that ends with an answer, encoded once."""
 
     messages: Sequence[Message]
-    before: str              # what inference reads before the last answer, with marks
     whole: Encoded
     turns: list[Turn]        # the assistant's, and then the user's
+    prompt: list[int]        # tokens of what stands before the last answer, as inference reads it
+    answer: list[int]        # tokens of the last answer, without the one that ends it
 
 
 def encode_line(messages: Sequence[Message], tokenizer: Tokenizer) -> Line:
@@ -61,13 +62,14 @@ def encode_line(messages: Sequence[Message], tokenizer: Tokenizer) -> Line:
         # Of what the template writes after an answer, such as a line end, only the first is learnt.
         last = next((n + 1 for n in range(first, last) if whole.ids[n] in tokenizer.stop_ids), last)
         turns.append(Turn("assistant", range(first, last), True))
+    answer = [whole.ids[n] for n in turns[-1].tokens if whole.ids[n] not in tokenizer.stop_ids]
     for said in users_texts(marked, tokenizer, text):
         start, end = text[:said.start], text[:said.stop]
         first, last = token_at(start), token_at(end)
         if first < last and whole.starts[first] > len(unmark(start)):
             first -= 1                   # the text begins amid a token, as in " yes"
         turns.append(Turn("user", range(first, last), False))
-    return Line(messages, before, whole, turns)
+    return Line(messages, whole, turns, tokenizer.encode_marked(before).ids, answer)
 
 
 def rendered_answers(marked: Sequence[Message], tokenizer: Tokenizer) -> Answers:

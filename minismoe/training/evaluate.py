@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.files import WORDS
-from ..data.tasks import Example, Task, collate
-from ..data.tokenizer import Message, Tokenizer
-from ..io.files import naming
+from ..data.tasks import Example, Task, collate, encode_lines
+from ..data.tokenizer import Tokenizer
+from ..data.tools import Message
+from ..data.turns import Line
 from ..io.progress import print_above_bar
 from ..io.text import out_of_memory
 from ..method.loss import head_scores, supervised_tokens, to_device
@@ -191,7 +191,7 @@ class Accuracy:
 class Questions(NamedTuple):
     """Lines, each a conversation, as questions to a model."""
 
-    lines: list[list[Message]]
+    lines: list[Sequence[Message]]
     prompts: list[list[int]]         # tokens before the last answer
     answers: list[list[int]]         # tokens of that answer, without stop ids
 
@@ -202,19 +202,17 @@ class Questions(NamedTuple):
         return [len(answer) + 4 for answer in self.answers]
 
 
+def ask(lines: Sequence[Line]) -> Questions:
+    """The last answers of lines, asked for."""
+    return Questions([line.messages for line in lines], [line.prompt for line in lines],
+                     [line.answer for line in lines])
+
+
 def questions(tokenizer: Tokenizer, task: Task, context: int, split: str = "test") -> Questions:
     """The lines of a split whose prompts have fewer than `context` tokens. Raises the ValueErrors
-    of the template with task, split and number."""
-    asked = Questions([], [], [])
-    for number, messages in enumerate(getattr(task, split), 1):
-        with naming(f"task {task.name}, {WORDS[split]} example {number}, "
-                    f"{messages[0]['content'][:40]!r}", ValueError):
-            prompt = tokenizer.encode_chat(messages[:-1], True).ids
-            if len(prompt) < context:
-                asked.lines.append(messages)
-                asked.prompts.append(prompt)
-                asked.answers.append(tokenizer.turn(messages))
-    return asked
+    of `encode_lines`."""
+    lines = encode_lines(task, tokenizer, split)
+    return ask([line for line in lines if len(line.prompt) < context])
 
 
 def evaluate(model: CausalLM, tokenizer: Tokenizer, asked: Questions, batch_size: int = 32,

@@ -3,7 +3,6 @@ and how they are judged. Each task's plan follows from its own lines alone."""
 
 import math
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -13,14 +12,12 @@ from ..data.tasks import Example, bucket
 from ..io import flags
 from ..io.flags import flag
 from ..io.text import table
-from ..method.loss import IGNORE
 
 PASSES, LEAST_PASSES, OPEN_PASSES = 120, 3, 2         # see `plan_tasks`
 ENOUGH = 50                       # validation lines of a task that can tell steps apart
 MOST_PROMPT, PROMPT_SHARE = 0.2, 3.0         # see `prompt_weight`
 MOST_SMOOTHING, SMOOTHED = 0.1, 1.0          # see `smoothing`
-CLOSED, OPEN = 0.3, 0.45          # see `openness`
-KNOWN = 16                        # tokens; see `openness`
+CLOSED, OPEN = 0.3, 0.45          # shares of new words in answers: see `plan_tasks`
 
 
 @dataclass(frozen=True)
@@ -59,35 +56,16 @@ class TaskPlan:
     steps: float             # of the run, as many as these lines fill
     prompt_weight: float     # of a token that a user wrote, in the loss: the mean over lines
     smoothing: float         # what targets leave to all tokens alike: the mean over lines
+    new_words: float         # the share of words in answers that neither prompts nor others hold
     judged: str              # by right "answers", or by the "loss" of unseen lines
     valid: int               # validation lines, in a file or held out
 
 
-def openness(examples: Sequence[Example]) -> float:
-    """How much of the answers follows neither from their prompts nor from other lines, 0 to 1.
-
-    An answer's token is new if it ends three tokens that neither the line's prompt nor another
-    line's answer holds. Of labels, hardly any token is new (0 to 0.1); of JSON that copies from the
-    prompt, and of corrected sentences, some are (0.1 to 0.3); of free text, most (0.4 to 0.6). Each
-    line counts KNOWN tokens more, none of them new: a short answer is seldom free text.
-    """
-    answers = [triples([label for label in e.labels if label != IGNORE]) for e in examples]
-    holding = Counter(triple for answer in answers for triple in answer)
-    new = sum(holding[triple] == 1 for e, answer in zip(examples, answers)
-              for triple in answer - triples([token for token, label in zip(e.ids, e.labels)
-                                              if label == IGNORE]))
-    return new / sum(e.supervised + KNOWN for e in examples)
-
-
-def triples(ids: Sequence[int]) -> set[tuple[int, ...]]:
-    """Each three tokens that stand side by side."""
-    return set(zip(ids, ids[1:], ids[2:]))
-
-
-def can_match(examples: Sequence[Example]) -> bool:
-    """Whether the answers of a task can be written exactly as its unseen lines have them: those of
-    labels, JSON, calls and corrected sentences can, and those of free text cannot."""
-    return openness(examples) < (CLOSED + OPEN) / 2
+def can_match(new_words: float) -> bool:
+    """Whether the answers of a task can be written exactly as its unseen lines have them, by the
+    share of new words in its answers: those of labels, JSON, keywords and corrected sentences can,
+    and those of free text cannot."""
+    return new_words < (CLOSED + OPEN) / 2
 
 
 def prompt_weight(example: Example, most: float) -> float:
@@ -116,20 +94,22 @@ def plan_tasks(examples: Sequence[Example], valid: Sequence[Example], cfg: Train
 
     A task takes PASSES / sqrt(lines) passes over its lines, and LEAST_PASSES at least: 12 over 100
     lines, 6 over 400, 3 from 1,200 on. few.py in tests/benchmarks measured PASSES. Free text, whose
-    loss on unseen lines rises again after few passes, takes OPEN_PASSES. Between CLOSED and OPEN,
-    passes change gradually.
+    loss on unseen lines rises again after few passes, takes OPEN_PASSES: a task is free text if a
+    share of OPEN of the words in its answers is new (see answers.py in data), and none below
+    CLOSED. In between, passes change gradually.
     """
     plans = {}
     for task, lines in by_task(examples).items():
-        closed = min(1.0, max(0.0, (OPEN - openness(lines)) / (OPEN - CLOSED)))
+        new_words = lines[0].new_words
+        closed = min(1.0, max(0.0, (OPEN - new_words) / (OPEN - CLOSED)))
         usual = max(LEAST_PASSES, PASSES / math.sqrt(len(lines)))
         passes = (round(OPEN_PASSES + closed * (usual - OPEN_PASSES)) if cfg.epochs is None
                   else cfg.epochs)
         plans[task] = TaskPlan(
             len(lines), passes, round(passes * len(lines) / cfg.batch_size, 1),
             round(fmean(prompt_weight(e, cfg.prompt_loss) for e in lines), 3),
-            round(fmean(map(smoothing, lines)), 3), "answers" if can_match(lines) else "loss",
-            sum(e.task == task for e in valid))
+            round(fmean(map(smoothing, lines)), 3), round(new_words, 2),
+            "answers" if can_match(new_words) else "loss", sum(e.task == task for e in valid))
     return plans
 
 
@@ -156,7 +136,10 @@ def planned_batches(examples: Sequence[Example], plans: Mapping[str, TaskPlan], 
 
 
 def plan_table(plans: Mapping[str, TaskPlan]) -> str:
-    """The plans, for a terminal."""
-    return table(["task", "lines", "passes", "steps", "weight of prompts", "smoothing",
+    """The plans, for a terminal, with the reason why tasks are judged as they are."""
+    return table(["task", "lines", "passes", "steps", "weight of prompts", "smoothing", "new words",
                   "judged by", "validation lines"],
-                 [[task, *vars(plan).values()] for task, plan in plans.items()])
+                 [[task, *vars(plan).values()] for task, plan in plans.items()]) + (
+        "\nnew words: the share of words in answers that neither their prompts nor other lines "
+        f"hold; from {(CLOSED + OPEN) / 2:.3f} on a task is free text, judged by its loss "
+        "(--exact-match on compares its answers in the test, too; --epochs sets the passes)")

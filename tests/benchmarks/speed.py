@@ -120,7 +120,7 @@ def asked(generator: Any, args: argparse.Namespace) -> tuple[Any, list[list[int]
 
 def answers(args: argparse.Namespace, side: str) -> Figures:
     """Test lines of a task. The first token alone is the least that any way to answer takes."""
-    from minismoe.data.tasks import closed_answers
+    from minismoe.data.answers import closed_answers
     from minismoe.runtime import Generator
     generator = Generator(args.paths[0], threads=args.threads)
     task, prompts, wanted = asked(generator, args)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import QUICK, finish, write_lines
+from tiny import QUICK, encode, finish, write_lines
 from torch import nn
 
 import export
@@ -82,7 +82,7 @@ def test_the_length_limit_bounds_every_loss(inputs, capsys, length: int) -> None
     loaded, tasks = cli.load_inputs(config), cli.read_tasks(config)
     for split, found in ("valid", loaded.valid), ("test", loaded.test):
         for task in tasks:
-            whole = [cli.encode(task.name, line, loaded.tokenizer) for line in getattr(task, split)]
+            whole = [encode(task.name, line, loaded.tokenizer) for line in getattr(task, split)]
             cut = [(e.ids[:length], e.labels[:length]) for e in whole]
             assert [(e.ids, e.labels) for e in found[task.name]] == [
                 (ids, labels) for ids, labels in cut if any(x >= 0 for x in labels)]
@@ -125,6 +125,21 @@ def test_limits_draw_lines_by_the_seed(tmp_path) -> None:
     assert again[0] != train and again[2] != test
     assert [train, valid, test] == answers(limit_train=40, limit_test=20)
     assert list(map(len, answers())) == [200, 64, 200]
+
+
+@pytest.mark.parametrize("free, beside, valid, held", [
+    (500, 9, 50, True), (499, 9, 50, False), (400, 9, 50, False), (500, 9, 49, False),
+    (500, 500, 0, False)])
+def test_lines_are_held_out_of_free_text_if_each_task_then_has_50(free: int, beside: int,
+                                                                  valid: int, held: bool) -> None:
+    """Beside a task of labels, which holds none out."""
+    line = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    tasks = [Task("free", [line] * free, [], has_valid=False),
+             Task("labels", [line] * beside, [], [line] * valid, has_valid=False)]
+    tasks[0].new_words = 0.6
+    assert cli.held_out_of(tasks) == tasks[:held]
+    tasks[0].has_valid = True
+    assert cli.held_out_of(tasks) == []
 
 
 def test_what_is_cut_and_left_out_is_counted(inputs, capsys) -> None:

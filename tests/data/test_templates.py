@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import encode
 
 from minismoe.data import templates
-from minismoe.data.tasks import encode
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer, chat_template
 
 GOOD = "{{ messages[0].content }}"

@@ -152,7 +152,8 @@ def test_a_prompt_has_the_tokens_of_training(request, kind: str, said: list[str]
     line = encode_line(chat, tokenizer)
     text, ids, starts = line.whole
     assert (ids, starts) == tokenizer.encode(text) and text == tokenizer.render(chat)
-    assert line.before == tokenizer.render(chat[:-1], True)
+    assert line.prompt == tokenizer.encode_chat(chat[:-1], True).ids
+    assert line.answer == tokenizer.turn(chat)
     asked = [tokenizer.decode(ids[turn.tokens.start:turn.tokens.stop]) for turn in line.turns
              if turn.role == "user"]
     assert [a.strip() for a in asked] == [m["content"].strip() for m in chat[::2]

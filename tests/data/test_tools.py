@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import CHATML, ROOT
+from tiny import CHATML, ROOT, encode
 
 from minismoe.cli.flags import InputConfig
 from minismoe.cli.inputs import print_examples
@@ -16,7 +16,6 @@ from minismoe.data.lines import to_messages
 from minismoe.data.tasks import (
     Task,
     closed_answers,
-    encode,
     encode_all,
     load_tasks,
 )

@@ -5,11 +5,10 @@ import re
 
 import make_toy
 import pytest
-from tiny import python
+from tiny import encode, python
 
 from minismoe import load_model, load_tokenizer
 from minismoe.data import toy
-from minismoe.data.tasks import encode
 from minismoe.io.files import read_json, sha256
 
 

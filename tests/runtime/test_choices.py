@@ -9,9 +9,8 @@ import torch
 from exported import KINDS, Watched, command, export, log_probabilities, random_model, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CHATML
+from tiny import CHATML, encode
 
-from minismoe.data.tasks import encode
 from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from minismoe.method.loss import IGNORE
 from minismoe.model.decoder import CausalLM

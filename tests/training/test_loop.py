@@ -168,7 +168,7 @@ def overfitting(run: Path, resume: bool = False, continued: bool = False, **sett
     for e in examples(8):
         answer = torch.randint(0, 50, (60,), generator=draw).tolist()
         lines.append(Example("a", [49 - i for i in e.ids] + answer,
-                             [IGNORE] * len(e.ids) + answer))
+                             [IGNORE] * len(e.ids) + answer, new_words=0.6))
     cfg = TrainConfig(**{"epochs": 8, "batch_size": 4, "lr": 0.03} | settings)
     train(model, lines, cfg, run, 0, resume, valid, continued)
     return model, token_scores(model, valid, 0)[0]
@@ -206,8 +206,8 @@ def test_right_answers_choose_the_step_if_there_are_enough(count: int, chooses: 
         with torch.no_grad():
             answer = int(model(torch.tensor([[i, 7]]))[0, -1].argmax())
         valid.append(Example("t", [i, 7, answer], [IGNORE, IGNORE, answer]))
-    plans = {"t": TaskPlan(9, 1, 1, 0, 0, "answers", count),
-             "u": TaskPlan(9, 1, 1, 0, 0, "loss", 50)}
+    plans = {"t": TaskPlan(9, 1, 1, 0, 0, 0.0, "answers", count),
+             "u": TaskPlan(9, 1, 1, 0, 0, 0.6, "loss", 50)}
     trainer = Trainer(model, TrainConfig(), 0, valid, plans)
     state: Any = {"best": -math.inf, "best_step": 0}
     first = {name: p.detach().clone() for name, p in trainer.parameters.items()}

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from minismoe.data.tasks import Example
 from minismoe.training.plan import (
     TrainConfig,
-    can_match,
-    openness,
     plan_tasks,
     planned_batches,
     prompt_weight,
@@ -47,7 +45,7 @@ def copies(count: int, task: str = "json") -> list[Example]:
 
 
 def free_text(count: int, length: int = 30, task: str = "chat") -> list[Example]:
-    return [line(task, words(12), words(length), i) for i in range(count)]
+    return [replace(line(task, words(12), words(length), i), new_words=0.6) for i in range(count)]
 
 
 @pytest.mark.parametrize("lines, passes", [(50, 17), (100, 12), (200, 8), (400, 6), (1200, 3),
@@ -56,7 +54,7 @@ def test_passes_follow_the_number_of_lines(lines: int, passes: int) -> None:
     for examples in labels(lines), copies(lines):
         plan, = plan_tasks(examples, [], TrainConfig()).values()
         assert (plan.lines, plan.passes) == (lines, passes)
-        assert plan.judged == "answers" and can_match(examples)
+        assert plan.judged == "answers"
     plan, = plan_tasks(free_text(lines), [], TrainConfig()).values()
     assert (plan.passes, plan.judged) == (2, "loss")
 
@@ -72,14 +70,15 @@ def test_a_task_has_the_plan_that_it_has_alone() -> None:
 
 
 def test_from_labels_to_free_text_nothing_changes_at_once() -> None:
-    """As more and more lines of JSON give way to free text."""
-    passes = list[int]()
-    for free in range(0, 101, 5):
-        mixed = [replace(e, task="t") for e in copies(100 - free) + free_text(free)]
-        passes.append(plan_tasks(mixed, [], TrainConfig())["t"].passes)
+    """As more and more words of the answers are new."""
+    plans = [plan_tasks([replace(e, new_words=share / 100) for e in labels(100)], [],
+                        TrainConfig())["labels"] for share in range(0, 101, 3)]
+    passes = [plan.passes for plan in plans]
     assert passes[0] == 12 and passes[-1] == 2 and passes == sorted(passes, reverse=True)
     assert max(a - b for a, b in zip(passes, passes[1:])) <= 3
-    assert openness(copies(100)) < 0.25 < 0.5 < openness(free_text(100))
+    assert [plan.judged for plan in plans] == ["answers"] * 13 + ["loss"] * 21
+    assert {plan.passes for plan in plans if plan.new_words <= 0.3} == {12}
+    assert {plan.passes for plan in plans if plan.new_words >= 0.45} == {2}
 
 
 @given(st.integers(1, 60), st.integers(0, 900), st.floats(0, 2))
