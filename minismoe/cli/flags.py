@@ -44,7 +44,7 @@ class InputConfig:
     seed: int = flag(0, "starts all random choices (default: %(default)s)", seed)
     show: int | None = flag(
         None, "print N examples a task as the model sees them before --max-length, supervised "
-        "tokens marked, and stop", positive, metavar="N")
+        "tokens in [[ ]], and stop", positive, metavar="N")
     device: str = flag("auto", "cpu, cuda, mps, or auto (default)")
     dtype: str = flag(
         "auto", "of the frozen weights and activations; experts are held, and routers and norms "

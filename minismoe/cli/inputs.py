@@ -29,7 +29,7 @@ from ..data.tasks import (
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..data.turns import Line, encode_line
 from ..io.hub import resolve
-from ..io.text import clean, in_colour, table
+from ..io.text import clean, table
 from ..method.loss import IGNORE
 from ..model.checkpoint import load_model, read_config
 from ..model.decoder import CausalLM, meta_model
@@ -230,10 +230,9 @@ def print_data(tokenizer: Tokenizer, tasks: Sequence[Task],
 
 
 def print_examples(config: InputConfig, count: int) -> None:
-    """Print `count` examples of each task as the model sees them; supervised text is green, or in
-    [[ ]] in a file."""
+    """Print `count` examples of each task as the model sees them; supervised text stands in
+    [[ ]]."""
     tasks, tokenizer = read_tasks(config), load_tokenizer(model_folder(config))
-    mark, end = ("\033[32m", "\033[0m") if in_colour() else ("[[", "]]")
     for task in tasks:
         for number, messages in enumerate(task.train[:count], 1):
             line = encode_line(messages, tokenizer)
@@ -244,5 +243,5 @@ def print_examples(config: InputConfig, count: int) -> None:
             texts = (text[i:j] for i, j in pairwise([*starts, len(text)]))
             for is_answer, tokens in groupby(zip(example.labels, texts), lambda t: t[0] != IGNORE):
                 piece = clean("".join(text for _, text in tokens), "\n")
-                print(f"{mark}{piece}{end}" if is_answer else piece, end="")
+                print(f"[[{piece}]]" if is_answer else piece, end="")
             print()

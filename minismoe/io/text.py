@@ -36,11 +36,6 @@ def clip(text: str, width: int) -> str:
     return text if len(text) <= width else text[:width - 1] + "…"
 
 
-def in_colour() -> bool:
-    """Whether stdout is a terminal, and colours are welcome (https://no-color.org)."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Aligned plain text: the first column, of names, to the left, and numbers to the right."""
     columns: list[list[str]] = []

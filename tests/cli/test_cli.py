@@ -212,15 +212,10 @@ def test_a_run_that_came_meanwhile_is_left_as_it_is(inputs, tmp_path, fails, suc
 
 
 @pytest.mark.parametrize("script", [train, probe])
-def test_show_marks_the_supervised_tokens(script, inputs, succeed, fails, monkeypatch) -> None:
-    """By brackets where there are no colours."""
+def test_show_marks_the_supervised_tokens(script, inputs, succeed, fails) -> None:
     out = succeed(script.main, *inputs, "--show", "2")
     assert "Assistant:[[ N0<|end|>]]" in out and out.count("---") == 4
     fails(script.main, *inputs, "--show", "2", "--only-tasks", "no", says="has no task no")
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    for value, mark in (("1", "[["), ("", "\x1b[32m")):
-        monkeypatch.setenv("NO_COLOR", value)
-        assert mark in succeed(script.main, *inputs, "--only-tasks", "sum, upper,", "--show", "1")
     for flags, names in (((), {*toy.TASKS}), (("--only-tasks", "count"), {"count"})):
         shown = succeed(script.main, "--show", "1", *flags)
         assert {line.split()[1] for line in shown.splitlines() if line.startswith("---")} == names
