@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..data.tokenizer import Tokenizer
 from ..io.text import clean
-from .sampling import floats_of, log_of_sum
+from .sampling import floats_of, log_softmax
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -90,7 +90,7 @@ def likeliest(read: Callable[[Sequence[int]], ort.OrtValue], answers: dict[Token
         for tokens in group:
             by_token.setdefault(tokens[len(shared)], []).append(tokens)
         floats = floats_of(read(shared))
-        total = log_of_sum([floats[token] for token in by_token])    # of these tokens alone
-        for token, part in by_token.items():
-            heapq.heappush(heap, (loss + (total - floats[token]), part))
+        logprobs = log_softmax([floats[token] for token in by_token])        # of these tokens alone
+        for logprob, part in zip(logprobs, by_token.values()):
+            heapq.heappush(heap, (loss - logprob, part))
     return likely

@@ -60,13 +60,13 @@ def floats_of(logits: Any, row: int = -1) -> "memoryview[float]":
     return memoryview(floats).cast("B").cast("f")
 
 
-def log_of_sum(logits: Sequence[float]) -> float:
-    """log(sum(exp(logits))); ArithmeticError if one is no number."""
+def log_softmax(logits: Sequence[float]) -> list[float]:
+    """Log-probabilities; ArithmeticError if a logit is no number."""
     highest = max(logits)
     total = highest + math.log(sum([math.exp(x - highest) for x in logits]))
     if math.isnan(total):
         raise ArithmeticError("the model's logits are not numbers")
-    return total
+    return [x - total for x in logits]
 
 
 def penalize(floats: "memoryview[float]", tokens: Set[int], factor: float) -> None:

@@ -69,7 +69,7 @@ class Terminal:
         for number, given in enumerate(sys.stdin.buffer, 1):
             try:
                 with naming("the line is not UTF-8 text", UnicodeDecodeError):
-                    line = given.decode("utf-8-sig" if number == 1 else "utf-8")
+                    line = given.decode("utf-8-sig")     # of files that were put together, too
                 said, record = self._line(line.strip())
             except ValueError as e:
                 said, record, bad = "", {"text": "", "error": error_line(e)}, bad + 1

@@ -243,7 +243,7 @@ def test_lines_are_utf_8(folders, generator) -> None:
     """Whatever the locale; a mark of the order of bytes is no text, and other bytes no answer."""
     done = subprocess.run(
         [sys.executable, "-X", "utf8=0", "-m", "minismoe.runtime", str(folders["ort"]), "--lines",
-         "--max-tokens", "4"], input="\ufeffä\n".encode() + b"\xe4\n" + "ä\n".encode(),
+         "--max-tokens", "4"], input="\ufeffä\n".encode() + b"\xe4\n" + "\ufeffä\n".encode(),
         capture_output=True, cwd=ROOT,
         env=os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONCOERCECLOCALE": "0"})
     said = in_one_line(answer_of(generator, user("ä"), 4)).encode("latin-1", "replace")

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from exported import Watched, describe, scripted
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import python
 
@@ -47,6 +47,8 @@ def next_token(text, table):
 
 @given(texts, texts, st.dictionaries(
     st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple), st.integers(0, 3)))
+@example([1, 2, 3, 1, 2, 0], [1, 2], {})     # of equally long ones, the latest decides
+@example([1, 2, 3, 0, 0, 2, 0], [1, 2], {})  # a longer one does before a later one
 def test_drafts_follow_the_rule(prompt, written, table):
     wanted = []
     while len(wanted) < DRAFTED and (
@@ -120,6 +122,17 @@ def test_a_text_that_repeats_itself_is_drafted(tmp_path):
     slow = python("-m", "minismoe.runtime", folder, f"x{prompt}", "--stats")
     assert fast.stdout == slow.stdout == "the cat sat the mat\n"
     assert "2.50 tokens a step" in fast.stderr and "1.00 tokens a step" in slow.stderr
+
+
+def test_drafts_end_where_the_context_does(tmp_path):
+    folder = scripted(tmp_path / "out", *WORDS, after={" mat": "the"})       # it goes on for ever
+    tokens = [*Generator(folder, threads=1).generate("x")]
+    write_drafts(folder, {(1, 2): 3})
+    drafting = Generator(folder, threads=1)
+    for length in range(1, 5):
+        answer = drafting.generate("x" * length)
+        assert [*answer] == tokens[:512 - length] and answer.ended == "context"
+        assert answer.steps < 200 and len(drafting.cache.tokens) <= 512
 
 
 def test_a_table_needs_logits_of_several_tokens(folders, tmp_path):

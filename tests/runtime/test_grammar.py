@@ -1,6 +1,7 @@
 """Answers that a grammar holds: JSON by random schemas, and calls as templates write them."""
 
 import json
+import string
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from minismoe.runtime.grammar import (
     json_grammar,
     new_matcher,
 )
+from minismoe.runtime.sampling import floats_of
 
 jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("llguidance")
@@ -78,6 +80,16 @@ def test_what_is_likely_but_forbidden_is_replaced_by_the_likeliest_that_is_not(g
     text = "the only value, " * 3
     answer = generator.generate("x", LIMIT, json_grammar({"const": text}))
     assert "".join(generator.text(answer)) == json.dumps(text) and answer.ended == "stop"
+
+
+def test_what_is_forbidden_may_be_replaced_by_several(generator) -> None:
+    """They are drawn though none is among the candidates of the sampler."""
+    candidates = generator.likeliest(floats_of(generator.prefill([*b'x"'])[0]))[1]
+    others = [letter for letter in string.ascii_letters if ord(letter) not in candidates][:5]
+    grammar = json_grammar({"enum": [f"{letter} it is" for letter in others]})
+    drawn = {"".join(generator.text(generator.generate(
+        "x", LIMIT, grammar, temperature=100.0, seed=seed))) for seed in range(40)}
+    assert len(drawn) > 3
 
 
 def test_tokens_that_alone_may_follow_are_read_in_one_step(generator, monkeypatch) -> None:

@@ -318,7 +318,10 @@ def test_an_old_onnxruntime_and_another_layout_are_named(folders, tmp_path, monk
     (lambda f: (f / "model.onnx.data").unlink(), "lacks model.onnx.data"),
     (lambda f: (f / "model.onnx").write_bytes(b"x"), "1 bytes instead of"),
     (lambda f: (f / "model.onnx.data").open("ab").write(b"x"), "bytes instead of"),
-    (lambda f: describe(f, files={"../export.json": {}}), "no plain file name"),
+    *((lambda f, name=name: describe(f, files={name: {}}), "no plain file name")
+      for name in ("../export.json", "C:x", "a\\b", "/etc/passwd")),
+    *((lambda f, size=size: describe(f, **size), f"not understood: .* {[*size][0]}")
+      for size in ({"context": 0}, {"layers": 0}, {"static": [1, 0, 96]})),
     (lambda f: describe(f, layers="2"), "not understood"),
     (lambda f: describe(f, format="other/1"), "other/1"),
     (lambda f: (f / "export.json").write_text("{"), "not valid JSON"),
