@@ -52,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="with --lines: each answer as a JSON object")
     add("--task", help="put the instruction of this task before the question (default: that of the "
         "folder's only task)")
-    add("--provider", help="cpu (default), cuda, webgpu, tensorrt, mlx, openvino[:GPU|NPU|CPU] or, "
-        "for target npu, qnn[:SOC]; NAME:N is device N; auto: the best of those export.py checked")
+    add("--provider", help="cpu (default), cuda, webgpu, openvino[:GPU|NPU|CPU] or, for target "
+        "npu, qnn[:SOC]; NAME:N is device N")
     add("--threads", type=positive, metavar="N", help="default: the CPU's physical cores")
     add("--stats", action="store_true", help="print speed and memory to standard error")
     add("--verify", action="store_true", help="compare the files' hashes with export.json")

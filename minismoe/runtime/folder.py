@@ -65,7 +65,6 @@ def _checks(info: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     yield "contract", info["contract"]["cache"] in CACHES and (
         info["contract"]["cache"] == "slots") == (info["target"] == "npu")
     yield "adapters", isinstance(info.get("adapters") or {}, dict)
-    yield "providers", all(isinstance(name, str) for name in info.get("providers", []))
     yield "soc", type(info.get("soc", 0)) is int
     static = info.get("static") or []
     yield "static", not static or (len(static) == 3 and static[0] == 1)

@@ -22,10 +22,9 @@ Prompt = Sequence[Message] | str | Sequence[int]
 class Generator(CachedModel):
     """A model that `export.py --layout onnx` wrote, with its tokenizer.
 
-    provider: as `find_device` takes it, or "auto": the best of those that the export was checked
-    on; threads: default, the physical cores; verify: compare hashes as well as sizes. Give each
-    thread a generator of its own.
-    Raises FileNotFoundError or ValueError for a folder that is incomplete or broken.
+    provider: as `find_device` takes it; threads: default, the physical cores; verify: compare
+    hashes as well as sizes. Give each thread a generator of its own. Raises FileNotFoundError
+    or ValueError for a folder that is incomplete or broken.
     """
 
     @cached_property

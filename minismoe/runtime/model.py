@@ -24,7 +24,7 @@ from .cache import FixedCache, GraphCache, SharedCache
 from .drafts import read_drafts
 from .folder import FLOAT, INT64, graph_of, plain_file, read_info
 from .npu import NpuSteps, SlotCache
-from .providers import CPU, Device, find_device, nodes_by_provider, open_session, preferred
+from .providers import CPU, Device, find_device, nodes_by_provider, open_session
 
 CHUNK = 512                                  # tokens of a prompt that one step reads: bounds memory
 LARGE = 32 << 20                             # bytes of a model: more than most caches hold
@@ -58,8 +58,6 @@ class CachedModel:
     def _open_decoder(self, provider: str | None, threads: int | None) -> None:
         """Open the decoder, and decide what its cache is, where, and how much a step reads."""
         info, ranges_before = self.info, huge_page_ranges()
-        if provider == "auto":               # of those that gave the CPU's texts to export.py
-            provider = preferred(info.get("providers", []), self.folder / "sampler.onnx")
         is_npu = info["target"] == "npu"
         device = Device() if is_npu else find_device(provider)
         steps = NpuSteps(self.folder, info, provider, threads) if is_npu else None

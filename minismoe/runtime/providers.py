@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -27,14 +27,11 @@ PLUGINS = {                 # module, the package that brings it, onnxruntime's 
     "cuda": ("onnxruntime_ep_cuda", "onnxruntime-gpu", "CUDAExecutionProvider"),
     "webgpu": ("onnxruntime_ep_webgpu", "onnxruntime-ep-webgpu", "WebGpuExecutionProvider"),
     "openvino": ("onnxruntime_ep_openvino", "onnxruntime-ep-openvino", "OpenVINOExecutionProvider"),
-    "qnn": ("onnxruntime_qnn", "onnxruntime-qnn", "QNNExecutionProvider"),
-    "tensorrt": ("onnxruntime_ep_nv_tensorrt_rtx", "onnxruntime-ep-nv-tensorrt-rtx",
-                 "NvTensorRTRTXExecutionProvider"),
-    "mlx": ("onnxruntime_ep_mlx", "onnxruntime-ep-mlx", "MLXExecutionProvider")}
+    "qnn": ("onnxruntime_qnn", "onnxruntime-qnn", "QNNExecutionProvider")}
 # What onnxruntime itself has; later, it would list plugins that are loaded as well.
 OWN = {ep.lower().removesuffix("executionprovider"): ep for ep in ort.get_available_providers()}
 KINDS = ("GPU", "NPU", "CPU")                # of devices, the preferred ones first
-MEMORY = {"cuda": "cuda", "tensorrt": "cuda", "webgpu": "webgpu"}    # of a cache; others: "cpu"
+MEMORY = {"cuda": "cuda", "webgpu": "webgpu"}            # of a cache; others: "cpu"
 OPTIONS = {"openvino": {"load_config": json.dumps(                   # else it rounds as it likes
     dict.fromkeys(KINDS, {"EXECUTION_MODE_HINT": "ACCURACY"}))}}
 # On x86-64, qnn emulates an NPU: the results are a device's, the speed is not.
@@ -95,23 +92,9 @@ def _load(module: str, package: str, ep: str) -> Any:
         plugin = import_module(module)
     except ImportError:
         raise ImportError(f"{ep} needs pip install {package}, and Python 3.11 or later") from None
-    library = getattr(plugin, "library_path", None) or plugin.get_library_path   # mlx, and others
     with captured(), naming(f"onnxruntime cannot load {package}", Exception):
-        load_library(ep, library())
+        load_library(ep, plugin.get_library_path())
     return plugin
-
-
-def preferred(names: Sequence[str], graph: Path) -> str:
-    """That one of the providers `names` which onnxruntime prefers here; "cpu" if none is here."""
-    names_by_ep, options = dict[str, str](), ort.SessionOptions()
-    for name in names:
-        with suppress(ImportError, ValueError):
-            names_by_ep[find_device(name).ep] = name
-    options.set_provider_selection_policy(ort.OrtExecutionProviderDevicePolicy.PREFER_GPU)
-    with suppress(Exception), captured():    # an emulated NPU is not chosen, but raises
-        chosen = ort.InferenceSession(str(graph), options).get_providers()
-        return next(names_by_ep[ep] for ep in chosen if ep in names_by_ep)
-    return "cpu"
 
 
 def open_session(file: Path, device: Device, threads: int | None,

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from accelerators import needs
-from exported import KINDS, command, describe, export
+from exported import KINDS, command, export
 from tiny import BYTES, FAMILIES, random_hf
 
 from export import main
@@ -116,18 +116,6 @@ def test_an_export_is_checked_there_as_well(tmp_path, monkeypatch, capsys, preci
     assert info["providers"] == [provider]
     seen = info["checked"][""]["providers"][provider]
     assert seen["logits_error"] < (0.05 if precision == "int4" else 1e-5)
-
-
-@needs("openvino")
-def test_auto_is_what_onnxruntime_prefers_of_those_that_were_checked(model, tmp_path) -> None:
-    folder = export(model, tmp_path / "f")
-    assert [*Generator(folder, "auto").nodes] == [CPU]
-    for names in ["qnn"], ["mlx"], ["openvino:NPU"]:     # none that onnxruntime takes
-        describe(folder, providers=names)
-        assert [*Generator(folder, "auto").nodes] == [CPU]
-    describe(folder, providers=["mlx", "openvino"])
-    assert "OpenVINOExecutionProvider" in Generator(folder, "auto").nodes
-    assert [*Generator(folder).nodes] == [CPU]
 
 
 @pytest.mark.parametrize("asked, message", [

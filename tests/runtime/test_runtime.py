@@ -339,7 +339,6 @@ def test_an_old_onnxruntime_and_another_layout_are_named(folders, tmp_path, monk
     (lambda f: describe(f, target=None), "not understood: .* target None"),
     (lambda f: describe(f, target=["ort"]), r"not understood: .* target \['ort'\]"),
     (lambda f: describe(f, soc="60"), "not understood: .* soc '60'"),
-    (lambda f: describe(f, providers=[1]), r"not understood: .* providers \[1\]"),
     (lambda f: describe(f, contract={"cache": "other"}), "not understood: .* contract"),
     (lambda f: describe(f, adapters=["a"]), r"not understood: .* adapters \['a'\]"),
     (lambda f: spoil_sampler(f, 0), "export.json is not of this model.onnx, sampler.onnx"),
