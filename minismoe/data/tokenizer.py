@@ -29,7 +29,6 @@ class ByteTokenizer:
 
     special = {"<|bos|>": 256, "<|end|>": 257, "<|pad|>": 258}
     vocab_size = 259
-    longest = 7                              # characters of a token
     _special_text = re.compile(f"({'|'.join(map(re.escape, special))})")
 
     def encode(self, text: str, special: bool = True) -> tuple[list[int], list[int]]:
@@ -75,11 +74,6 @@ class FileTokenizer:
 
         self.special: dict[str, int] = {}        # text -> id
         self.mark_special([])
-
-    @cached_property
-    def longest(self) -> int:
-        """Characters of the longest token."""
-        return max(map(len, self.backend.get_vocab()))
 
     def mark_special(self, tokens: Sequence[str]) -> None:
         """Make tokens special, if the vocabulary has them."""

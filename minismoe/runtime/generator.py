@@ -61,28 +61,22 @@ class Generator(CachedModel):
 
     def encoded(self, prompt: Any, new: int = 1, name: str = "the prompt") -> list[int]:
         """Token ids of a prompt; raises ValueError if `new` more do not fit the context."""
-        is_chat = bool(prompt) and isinstance(prompt[0], Mapping)
-        text = self.tokenizer.render(prompt, True) if is_chat else prompt
-        if isinstance(text, str) and len(text) > self.context and (      # refused before it takes
-                len(text) > self.context * self.tokenizer.backend.longest):              # time
-            raise self._no_room(name, f"{len(text):,} characters", new)
-        if is_chat:
+        if prompt and isinstance(prompt[0], Mapping):
             ids = self.tokenizer.encode_chat(prompt, True).ids
+        elif isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)[0]
         else:
-            ids = self.tokenizer.encode(text)[0] if isinstance(text, str) else [*text]
+            ids = [*prompt]
         if self.room(len(ids) + new - 1) < 1:
-            raise self._no_room(name, f"{len(ids):,} tokens", new)
+            answer = f" for an answer of {new}" if new > 1 else ""
+            raise ValueError(f"{name} has {len(ids):,} tokens, which leaves no room{answer} in the "
+                             f"context of {self.context}: shorten it, or export with a longer "
+                             "--context or, of a static graph, past")
         if not ids:
             raise ValueError(f"{name} is empty")
         if not 0 <= min(ids) <= max(ids) < self.info["vocab_size"]:
             raise ValueError(f"{name} has tokens outside of the model's {self.info['vocab_size']}")
         return ids
-
-    def _no_room(self, name: str, size: str, new: int) -> ValueError:
-        answer = f" for an answer of {new}" if new > 1 else ""
-        return ValueError(f"{name} has {size}, which leaves no room{answer} in the context of "
-                          f"{self.context}: shorten it, or export with a longer --context or, of a "
-                          "static graph, past")
 
     def room(self, length: int) -> int:
         """How many tokens may follow a prompt of `length` tokens."""

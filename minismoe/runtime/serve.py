@@ -1,6 +1,5 @@
 """The page of a folder of layout web, served to the browsers of this machine alone."""
 
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -16,12 +15,6 @@ HEADERS = {                      # the first two let a page share memory, which 
     "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
 
 
-class _Server(ThreadingHTTPServer):
-    """On Windows, two servers that reuse addresses would share one port."""
-
-    allow_reuse_address = sys.platform != "win32"
-
-
 class _Files(SimpleHTTPRequestHandler):
     """The files of a folder, but no hidden ones, no lists of them, and none outside of it."""
 
@@ -29,7 +22,7 @@ class _Files(SimpleHTTPRequestHandler):
         (".js", ".mjs"), "text/javascript")
 
     def handle(self) -> None:
-        with suppress(ConnectionError):      # the browser has closed the page
+        with suppress(ConnectionError, ValueError):      # the browser is gone; a path with %00
             super().handle()
 
     def send_head(self) -> Any:
@@ -69,7 +62,7 @@ def serve(folder: Path, ports: Sequence[int]) -> None:
         raise FileNotFoundError(f"{folder} has no page; export.py --layout web writes one")
     for port in ports:
         try:
-            server = _Server((HOST, port), partial(_Files, directory=str(folder)))
+            server = ThreadingHTTPServer((HOST, port), partial(_Files, directory=str(folder)))
             break
         except (OSError, OverflowError) as e:
             if port == ports[-1]:
