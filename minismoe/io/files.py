@@ -28,12 +28,22 @@ def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
     if folder:
         tmp.mkdir()
     try:
-        yield tmp
-        for file in tmp.rglob("*") if folder else [tmp]:
-            if file.is_file():
-                _flush(file)                         # a power cut must not leave a file of zeros
-        os.replace(tmp, path)
-    except OSError as e:                             # a failed write does not name its file
+        with _named(path, tmp):
+            yield tmp
+            for file in tmp.rglob("*") if folder else [tmp]:
+                if file.is_file():
+                    _flush(file)                     # a power cut must not leave a file of zeros
+            os.replace(tmp, path)
+    finally:                                         # after the renaming, it is gone
+        shutil.rmtree(tmp, ignore_errors=True) if folder else tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path, tmp: Path) -> Iterator[None]:
+    """Name `path` in an error of writing `tmp`, or of safetensors, which names no file."""
+    try:
+        yield
+    except OSError as e:
         if e.errno and str(e.filename or tmp) == str(tmp):
             e.filename = str(path)
         raise
@@ -42,8 +52,6 @@ def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
         if type(e).__name__ != "SafetensorError":
             raise
         raise OSError(f"{path} cannot be written: {e}") from None
-    finally:                                         # after the renaming, it is gone
-        shutil.rmtree(tmp, ignore_errors=True) if folder else tmp.unlink(missing_ok=True)
 
 
 def _flush(file: Path) -> None:
