@@ -41,7 +41,7 @@ def test_a_task_is_judged_as_its_user_expects(kind: str, before: list[Message]) 
 @pytest.mark.parametrize("prompt, answers, new", [
     ("", ["one two three", "one two four"], [1, 1]),             # two lines share "one two"
     ("", ["one two three", "one two three", "x"], [0, 0, 1]),
-    ("four", ["one two three four", "x"], [4, 1]),               # four is new after two three
+    ("two three", ["one two three", "x"], [3, 1]),               # three is new after one two
     ("one, two three", ["One two three!", "three: 17", "two 3"], [0, 0, 1]),
     ("", ["5 one", "6 one", "17"], [0, 0, 0]),                   # all numbers are one word
     ("天很蓝", ["天很蓝", "蓝天"], [0, 1])])
@@ -51,6 +51,15 @@ def test_new_words_are_counted(prompt: str, answers: list[str], new: list[int]) 
     lines = [[say("user", prompt), say("assistant", answer)] for answer in answers]
     assert new_words(lines) == pytest.approx(sum(new) / (sum(words) + 6 * len(answers)))
     assert new_words([]) == 0
+
+
+def test_only_answers_that_are_learnt_hold_new_words() -> None:
+    """Each is read by itself: "two" follows no "one"."""
+    chat = [say("user", ""), say("assistant", "one"), say("user", ""), say("assistant", "two")]
+    unlearned = [chat[0], {**say("assistant", "one two three"), "weight": 0}, *chat[2:]]
+    assert new_words([chat, chat[2:]]) == pytest.approx(1 / (2 + 6 + 1 + 6))
+    assert new_words([unlearned, chat[2:]]) == 0         # both answer "two"
+    assert new_words([[say("assistant", "Hello you."), *chat[2:]]]) == pytest.approx(1 / 7)
 
 
 def test_calls_of_offered_functions_are_not_new() -> None:

@@ -266,9 +266,7 @@ def test_files_beside_the_splits_are_told(tmp_path: Path) -> None:
 
 # Tables
 
-# Texts hold the separators more often than the first row does.
-ROWS = [("Where is it?", "here"), ('He said "no", twice', "a,b; c\td,,,;;;\t\t\t"),
-        ("two\nlines", "é\u2028x")]
+ROWS = [("Where is it?", "here"), ('He said "no", twice', "a,b; c\td"), ("two\nlines", "é\u2028x")]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
@@ -278,16 +276,18 @@ ROWS = [("Where is it?", "here"), ('He said "no", twice', "a,b; c\td,,,;;;\t\t\t
     "prompt,completion", "question,answer", "text,label", "instruction,output", "Q, A "])
 def test_a_table_holds_the_same_lines(tmp_path: Path, name: str, between: str, encoding: str,
                                       columns: str) -> None:
-    """As csv writes them, which quotes what it must; further columns are reported."""
+    """As csv writes them, which quotes what it must; further columns are reported. The first row
+    says what separates fields, whatever texts hold more of."""
     text, names = io.StringIO(newline=""), [*columns.split(",")]
+    rows = [*ROWS, ("all but one", 9 * ",;\t".replace(between, ""))]
     writer = csv.writer(text, delimiter=between)
-    writer.writerows([["id", *names], *([str(i), *row] for i, row in enumerate(ROWS))])
+    writer.writerows([["id", *names], *([str(i), *row] for i, row in enumerate(rows))])
     (tmp_path / name).write_bytes(text.getvalue().encode(encoding))
     named = [n.strip() for n in names] if "Q" in columns else ()
     [task] = load_tasks(tmp_path / name, columns=named)
     found = {(m[0]["content"], m[1]["content"]) for m in task.train + task.valid + task.test}
-    assert found == {*ROWS}
-    assert ("keys that are ignored: id (3)" in task.notes) == (not named)
+    assert found == {*rows}
+    assert ("keys that are ignored: id (4)" in task.notes) == (not named)
 
 
 def test_columns_beside_lines_are_told(tmp_path: Path) -> None:
@@ -483,6 +483,18 @@ def test_a_greeting_before_any_question_is_not_supervised(bpe: Path) -> None:
     tokenizer = Tokenizer(FileTokenizer(bpe), wants, "", "<|im_end|>")
     assert supervised_texts([say("assistant", "user"), *PAIR_MESSAGES], tokenizer) == [
         "yes<|im_end|>"]
+
+
+@pytest.mark.parametrize("written", [
+    "m.content + ' ' + m.content", "m.content | capitalize", "'text'",
+    "raise_exception('no') if '\ufdd1' in m.content else m.content"])
+def test_a_user_whose_text_the_template_changes_has_no_loss(written: str) -> None:
+    """It repeats the text, writes it otherwise where borders are around it, leaves it out, or
+    refuses such borders. The answer is learnt all the same."""
+    template = ("{% for m in messages %}{% if m.role == 'user' %}{{ " + written + " }}"
+                "{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}")
+    line = encode_line(PAIR_MESSAGES, Tokenizer(ByteTokenizer(), template, "", "<|end|>"))
+    assert [turn.role for turn in line.turns] == ["assistant"] and line.answer == [*b"yes"]
 
 
 def test_a_blank_answer_amid_a_conversation_is_its_end_token(chatml: Tokenizer) -> None:
