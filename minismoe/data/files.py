@@ -10,12 +10,12 @@ import csv
 import io
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .lines import Contents, Conversation, form_of, to_messages
+from .lines import form_of, notable, to_messages
 from .tools import Message
 
 WORDS = {"train": "training", "valid": "validation", "test": "test"}     # of splits
@@ -27,55 +27,46 @@ Columns = Sequence[str]          # those of prompt and answer in tables; () if a
 BadLines = defaultdict[tuple[Path, str], list[int]]      # (file, reason) -> numbers of lines
 
 
-def task_places(data: Path, columns: Columns = ()) -> tuple[dict[str, Path], list[str]]:
+def task_places(data: Path) -> tuple[dict[str, Path], list[str]]:
     """{task: its folder or file}, and what to say of files beside them. A sub-folder with a
     train.jsonl, or a file of lines, is a task; so is `data`, if it is a file or holds train.jsonl.
     """
     if not data.exists():
         raise FileNotFoundError(f"no such data folder: {data}")
-    files, folders, others = scan(data, columns)
-    if data.is_dir() and files.keys() & WORDS.keys():
-        refuse_beside_splits(data, files, folders)
+    places, folders, others = scan(data)
+    if data.is_dir() and places.keys() & WORDS.keys():
+        refuse_without_train(data, places)
         return {data.resolve().name: data}, []
-    places = dict(files)
     for folder in folders:
-        own, _, notes = scan(folder, columns)
-        if own and "train" not in own:
-            raise ValueError(f"{folder} holds .jsonl files, and no train.jsonl: give the file of "
-                             "its training lines that name, or move the folder elsewhere")
-        if own and folder.name in files:
-            raise ValueError(f"{data} holds {folder.name} twice, as a folder and as a file")
-        if own:
-            places[folder.name] = folder
-        else:
+        files, _, notes = scan(folder)
+        if not files:
             others += notes
+            continue
+        refuse_without_train(folder, files)
+        if folder.name in places:
+            raise ValueError(f"{data} holds {folder.name} twice, as a folder and as a file")
+        places[folder.name] = folder
     return places, others
 
 
-def refuse_beside_splits(data: Path, files: Mapping[str, Path], folders: Sequence[Path]) -> None:
-    """Raise ValueError if a folder that holds a task's splits has no train.jsonl, or holds other
-    tasks as well."""
-    split = next(files[name].name for name in WORDS if name in files)
+def refuse_without_train(folder: Path, files: Mapping[str, Path]) -> None:
+    """Raise ValueError if no file of a task has the name of training lines."""
     if "train" not in files:
-        raise ValueError(f"{data} holds {split}, and no train.jsonl beside it: give the file "
-                         "of its training lines that name")
-    more = files.keys() - WORDS.keys() | {f.name for f in folders if "train" in scan(f)[0]}
-    if more:
-        todo = ("Rename it to valid.jsonl" if more < {"validation", "val", "dev", "eval"} else
-                "Move the files of each task into a folder of its own")
-        raise ValueError(f"{data} is a task itself, as it holds {split}, and holds others: "
-                         f"{', '.join(sorted(more))}. {todo}")
+        names = ", ".join(file.name for file in files.values())
+        raise ValueError(f"{folder} holds {names}, and no train.jsonl: give the file of its "
+                         "training lines that name, or move the others elsewhere")
 
 
-def scan(data: Path, columns: Columns = ()) -> tuple[dict[str, Path], list[Path], list[str]]:
+def scan(data: Path) -> tuple[dict[str, Path], list[Path], list[str]]:
     """Files of task lines, by name without ending; folders; and what to say of other files that may
-    hold lines: in a folder, or of one file.
+    hold lines: in a folder, or of one file. What is hidden is left out.
 
     ValueError for two files of a name, and for what is no file: a link that leads nowhere, a pipe
     or a device.
     """
     files, folders, others = dict[str, Path](), list[Path](), list[str]()
-    for path in filter(is_visible, sorted(data.iterdir())) if data.is_dir() else [data]:
+    paths = sorted(p for p in data.iterdir() if p.name[0] != ".") if data.is_dir() else [data]
+    for path in paths:
         name = ENDING.sub("", path.name)
         if path.is_dir():
             folders.append(path)
@@ -86,35 +77,36 @@ def scan(data: Path, columns: Columns = ()) -> tuple[dict[str, Path], list[Path]
             if not path.is_file():
                 raise ValueError(f"{path} is no file, but a link that leads nowhere, a pipe or a "
                                  "device: put a file there, or remove it")
-            if names := other_columns(path, columns):
-                others.append(f"{path.name} not read: its columns are {names}: name the prompt's "
-                              "and the answer's, such as --columns question,answer")
-            elif files.setdefault(name, path) != path:
+            if files.setdefault(name, path) != path:
                 raise ValueError(f"{data} holds {name} twice: {files[name].name} and {path.name}")
     return files, folders, others
 
 
-def is_visible(path: Path) -> bool:
-    """No hidden folder, and nothing that macOS (._*) and Emacs (.#*) put beside files."""
-    return not (path.name.startswith(("._", ".#")) or path.name[0] == "." and path.is_dir())
+def read_splits(task: Path, columns: Columns, bad: BadLines,
+                ) -> tuple[dict[str, list[list[Message]]], list[str]]:
+    """The conversations of each split that a task's folder or file holds, and what to say of them.
+    Lines that are none are added to `bad`."""
+    files, folders, others = scan(task)
+    files = files if task.is_dir() else {"train": task}
+    contents = Counter[str]()
+    splits = {split: read_lines(files[split], bad, contents, columns)
+              for split in WORDS if split in files}
+    if not splits["train"] and not any(files["train"] == file for file, _ in bad):
+        bad[files["train"], "it holds no example"].append(0)
+    notes = [f"{count:,} {what}" for what, count in contents.most_common(10)]
+    if columns and not any(TABLE.search(file.name) for file in files.values()):
+        notes.append(f"--columns is for tables (.csv, .tsv), and {files['train'].name} is none")
+    unread = [files[name] for name in files.keys() - WORDS.keys()] + folders
+    if task.is_dir() and unread:
+        names = ", ".join(sorted(path.name for path in unread))
+        notes.append(f"{names} not read: a split is train, valid or test.jsonl")
+    return splits, notes + others
 
 
-def other_columns(file: Path, columns: Columns) -> str:
-    """The names of a table's columns, if they are those of no form of lines; else ""."""
-    row = dict[str, str]()
-    try:
-        if TABLE.search(file.name) and not columns:
-            _, row = next(table_rows(file), (0, row))
-            form_of(row)
-    except ValueError:               # a table that cannot be read has no row: it is a bad file
-        return ", ".join(row)
-    return ""
-
-
-def read_lines(file: Path, bad: BadLines, contents: Contents, columns: Columns = (),
+def read_lines(file: Path, bad: BadLines, contents: Counter[str], columns: Columns = (),
                ) -> list[list[Message]]:
-    """The conversations of a file. Lines that are none are added to `bad`; number 0 stands for a
-    table that cannot be read."""
+    """The conversations of a file. `contents` counts what they hold. Lines that are none are added
+    to `bad`; number 0 stands for a table that cannot be read."""
     conversations, lines = list[list[Message]](), list[tuple[int, Any]]()
     try:
         lines += table_rows(file, columns) if TABLE.search(file.name) else json_lines(file)
@@ -122,9 +114,11 @@ def read_lines(file: Path, bad: BadLines, contents: Contents, columns: Columns =
         bad[file, f"it cannot be read: {e}"].append(0)
     for number, line in lines:
         try:
-            messages = to_messages(parsed(line) if isinstance(line, bytes) else line, contents)
+            value = parsed(line) if isinstance(line, bytes) else line
+            messages = to_messages(value)
             json.dumps(messages, ensure_ascii=False).encode()        # fails on half an emoji
-            conversations.append(Conversation(messages))
+            contents.update(notable(value, messages))
+            conversations.append(messages)
         except (ValueError, RecursionError) as e:
             bad[file, str(e)].append(number)
     return conversations
@@ -158,10 +152,13 @@ def table_rows(file: Path, columns: Columns = ()) -> Iterator[tuple[int, dict[st
     ValueError, with the line, if the table cannot be read.
     """
     rows = csv_rows(file)
-    _, names = next(rows, (1, []))
+    _, names = next(rows, (1, ["prompt", "completion"]))
     names = [name.strip() for name in names]
     if missing := [name for name in columns if name not in names]:
         raise ValueError(f"it has no column {', '.join(missing)}; it has {', '.join(names)}")
+    if not columns and not form_of(names):
+        raise ValueError(f"its columns are {', '.join(names)}: name the prompt's and the answer's, "
+                         "such as --columns question,answer, or move the table elsewhere")
     for number, row in rows:
         if len(row) != len(names):
             raise ValueError(f"line {number} has {len(row)} fields where the first row names "

@@ -8,12 +8,7 @@
 In each may stand "tools", which messages call (tools.py), and "system", a text.
 """
 
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .tools import Function, Message, calls_of, functions, with_tools
@@ -27,59 +22,39 @@ MESSAGE_KEYS = ("role", "content", "name", "tool_call_id", "tool_calls", "weight
 WEIGHTS = ("weight", "train")    # 0 or false: a message that is not trained on
 
 
-class Conversation(list[Message]):
-    """The messages of a line."""
-
-    @cached_property
-    def key(self) -> bytes:
-        """The same of two conversations that differ in white space around their texts alone."""
-        stripped = [{**m, "content": m.get("content", "").strip()} for m in self]
-        return hashlib.blake2b(json.dumps(stripped).encode(), digest_size=16).digest()
-
-
-@dataclass
-class Contents:
-    """How many lines have each form, a system prompt, keys that are ignored, unusual roles."""
-
-    forms: Counter[str] = field(default_factory=Counter)
-    systems: int = 0
-    ignored: Counter[str] = field(default_factory=Counter)
-    roles: Counter[str] = field(default_factory=Counter)
-
-    def summary(self) -> list[str]:
-        """What there is to say about the lines before a model is trained on them."""
-        forms = ", ".join(f"{count:,} lines of {form}" for form, count in self.forms.items())
-        ignored = ", ".join(f"{key} ({count:,})" for key, count in self.ignored.most_common(10))
-        roles = ", ".join(f"{role} ({count:,})" for role, count in self.roles.most_common(10))
-        return [forms] + [f"{text}: {listing}" for text, listing in (
-            ("system prompts", f"{self.systems:,}" if self.systems else ""),
-            ("keys that are ignored", ignored),
-            (f"roles beside {', '.join(ROLES)}", roles)) if listing]
-
-
-def to_messages(line: Any, contents: Contents | None = None) -> list[Message]:
-    """One parsed line as messages, counted in `contents`; ValueError says what is wrong with it."""
-    contents = contents or Contents()
+def to_messages(line: Any) -> list[Message]:
+    """One parsed line as messages; ValueError says what is wrong with it."""
     if not isinstance(line, dict):
         raise ValueError(f"not a JSON object but {type(line).__name__}")
-    form = form_of(line)
+    if not (form := form_of(line)):
+        raise ValueError(f"needs {', or '.join(FORMS)}; it has "
+                         f"{', '.join(map(str, line)) or 'nothing'}")
     refuse_reasoning(line, "the line")
     tools = functions(line.get("tools"), "tools")
-    messages = checked_messages(messages_of(line, form), tools, contents)
-    contents.forms[form] += 1
-    contents.systems += messages[0]["role"] == "system" or bool(line.get("system"))
-    taken = (*FORMS[form], "system", "tools")
-    contents.ignored.update(key for key in line if key not in taken)
+    messages = checked_messages(messages_of(line, form), tools)
     return with_tools(with_system(messages, text_of(line, "system")), tools)
 
 
-def form_of(line: Mapping[str, Any]) -> str:
-    """The name of a line's form; ValueError if it is none of FORMS."""
-    for form, keys in FORMS.items():
-        if {keys[0], keys[-1]} <= line.keys():
+def form_of(keys: Collection[str]) -> str:
+    """The name of the form that has these keys; "" if it is none of FORMS."""
+    for form, needed in FORMS.items():
+        if needed[0] in keys and needed[-1] in keys:
             return form
-    raise ValueError(f"needs {', or '.join(FORMS)}; it has "
-                     f"{', '.join(map(str, line)) or 'nothing'}")
+    return ""
+
+
+def notable(line: Mapping[str, Any], messages: Sequence[Message]) -> list[str]:
+    """What is to be said of a line before a model is trained on it: its form, and what is unusual
+    in it."""
+    form = form_of(line)
+    unread = {*line} - {*FORMS[form], "system", "tools"}
+    for m in line[form] if form == "messages" else ():
+        unread |= {f"{key} of a message" for key in m
+                   if key not in (*MESSAGE_KEYS, *WEIGHTS) and m[key] is not None}
+    roles = {m["role"] for m in messages}
+    return [f"lines of {form}", *["system prompts"] * ("system" in roles),
+            *(f"lines with {key}, which is not read" for key in sorted(map(str, unread))),
+            *(f"lines with the role {role}" for role in sorted(roles - {*ROLES}))]
 
 
 def messages_of(line: Mapping[str, Any], form: str) -> list[Any]:
@@ -126,8 +101,7 @@ def refuse_reasoning(fields: Mapping[str, Any], place: str) -> None:
                          "answer, or remove it")
 
 
-def checked_messages(messages: Sequence[Any], tools: Sequence[Function],
-                     contents: Contents) -> list[Message]:
+def checked_messages(messages: Sequence[Any], tools: Sequence[Function]) -> list[Message]:
     """Messages with the keys that templates read. ValueError says what is wrong with them."""
     checked: list[Message] = []
     for m in messages:
@@ -140,10 +114,6 @@ def checked_messages(messages: Sequence[Any], tools: Sequence[Function],
         raise ValueError("the last answer has weight 0: end the line with one that is trained on")
     if len(checked) == 1:
         raise ValueError("nothing comes before the answer")
-    contents.ignored.update(dict.fromkeys(
-        f"{key} of a message" for m in messages for key in m
-        if key not in (*MESSAGE_KEYS, *WEIGHTS) and m[key] is not None).keys())
-    contents.roles.update({m["role"] for m in messages} - {*ROLES})
     return checked
 
 

@@ -4,6 +4,8 @@ A task is a folder with train.jsonl and, preferably, valid.jsonl and test.jsonl,
 files.py says which files are read, and lines.py what their lines hold.
 """
 
+import hashlib
+import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,17 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..io.files import naming
 from ..method.loss import IGNORE
 from .answers import closed_answers, new_words, shared_instruction
-from .files import (
-    TABLE,
-    WORDS,
-    BadLines,
-    Columns,
-    read_lines,
-    refuse_lines,
-    scan,
-    task_places,
-)
-from .lines import Contents, Conversation
+from .files import WORDS, BadLines, Columns, read_splits, refuse_lines, task_places
 from .tokenizer import Tokenizer
 from .tools import Message
 from .turns import Line, check_template, encode_line
@@ -91,7 +83,7 @@ def load_tasks(data: str | Path, names: Sequence[str] = (), seed: int = 0, colum
     Raises FileNotFoundError if the folder or a task is missing, and ValueError with file, line and
     reason for the bad lines of all files.
     """
-    places, others = task_places(Path(data), columns)
+    places, others = task_places(Path(data))
     if missing := [name for name in names if name not in places]:
         raise FileNotFoundError(f"{data} has no task {', '.join(missing)}; "
                                 f"it has {', '.join(places) or 'none'}")
@@ -114,25 +106,22 @@ def load_tasks(data: str | Path, names: Sequence[str] = (), seed: int = 0, colum
 
 def comparable(messages: Sequence[Message]) -> bytes:
     """The same of two conversations that differ in white space around their texts alone."""
-    return (messages if isinstance(messages, Conversation) else Conversation(messages)).key
+    stripped = [{**m, "content": m.get("content", "").strip()} for m in messages]
+    return hashlib.blake2b(json.dumps(stripped).encode(), digest_size=16).digest()
 
 
 def _load_task(name: str, path: Path, seed: int, columns: Columns, bad: BadLines) -> Task:
     """A task with its three splits. Lines for a test without a file are held out from training; no
     line is in two splits."""
-    (files, _, others), contents = scan(path, columns), Contents()
-    files = files if path.is_dir() else {"train": path}
-    train = read_lines(files["train"], bad, contents, columns)
-    if not train and not any(files["train"] == place for place, _ in bad):
-        bad[files["train"], "it holds no example"].append(0)
-    notes, count = list[str](), len(train)
-    if "test" in files:
-        test = read_lines(files["test"], bad, contents, columns)
+    splits, notes = read_splits(path, columns, bad)
+    train, found = splits["train"], splits.get("valid", [])
+    count = len(train)
+    if "test" in splits:
+        test = splits["test"]
     else:
         test = hold_out(train, f"{seed} {name} test", 1, MOST_TESTED)
         notes.append(f"no test.jsonl: {len(test)} of {count} training lines held out")
         count -= len(test)
-    found = read_lines(files["valid"], bad, contents, columns) if "valid" in files else []
     valid = without(found, test)
     if known := len(found) - len(valid):
         notes.append(f"{known} validation lines left out, as they are in the test")
@@ -140,15 +129,10 @@ def _load_task(name: str, path: Path, seed: int, columns: Columns, bad: BadLines
     if left_out := count - len(train):
         notes.append(f"{left_out} training lines left out, as they are in the test or validation")
         if not train:
-            bad[files["train"], "all its lines are test or validation lines, too"].append(0)
-    if columns and not any(TABLE.search(file.name) for file in files.values()):
-        notes.append(f"--columns is for tables (.csv, .tsv), and {files['train'].name} is none")
-    if more := [file.name for name, file in files.items() if name not in WORDS]:
-        notes.append(f"{', '.join(more)} not read: a split is train, valid or test.jsonl")
+            bad[path, "all its training lines are test or validation lines, too"].append(0)
     if twice := len(train) - len({comparable(messages) for messages in train}):
         notes.append(f"{twice} training lines are copies of others")
-    return Task(name, train, test, valid, "valid" in files,
-                [*contents.summary(), *notes, *others])
+    return Task(name, train, test, valid, "valid" in splits, notes)
 
 
 def hold_out(lines: Sequence[list[Message]], seed: str, least: int, most: int,
