@@ -28,9 +28,10 @@ from typing import Any
 
 import onnxruntime as ort
 
-from .folder import CACHE_TYPES, FLOAT, INT64
+from .folder import FLOAT, FLOAT16, INT64
 
 ZERO, ONE = array("q", [0]), array("q", [1])
+TYPES = {"tensor(float)": FLOAT, "tensor(float16)": FLOAT16}
 
 
 class GraphCache:
@@ -63,12 +64,12 @@ class GraphCache:
             io.bind_output(name)             # every step binds them again; here they become first
         self.past: dict[str, ort.OrtValue] = {}
         for past, present in presents.items():
-            shape = [info["kv_heads"], P, info["head_dim"]] if past in keys else (
-                inputs[past].shape[1:])
+            shape, kind = inputs[past].shape, TYPES[inputs[past].type]
+            if past in keys:
+                shape[2] = P
             fed_back = past in self._fed_back
             value = self.past[past] = ort.OrtValue.ortvalue_from_shape_and_type(
-                [1, *shape], FLOAT if past.startswith("past_recurrent.") else
-                CACHE_TYPES[info["cache_type"]], *(("cpu", 0) if fed_back else memory))
+                [1, *shape[1:]], kind, *(("cpu", 0) if fed_back else memory))
             if fed_back:                     # old memory: 0 * nan is nan
                 ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
             else:

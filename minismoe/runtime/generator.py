@@ -57,7 +57,7 @@ class Generator(CachedModel):
 
     @cached_property
     def _grammar_tokens(self) -> Any:
-        return grammar_tokens(self.tokenizer, self.info["vocab_size"])
+        return grammar_tokens(self.tokenizer, self.vocab_size)
 
     def encoded(self, prompt: Any, new: int = 1, name: str = "the prompt") -> list[int]:
         """Token ids of a prompt; raises ValueError if `new` more do not fit the context."""
@@ -74,8 +74,8 @@ class Generator(CachedModel):
                              "--context or, of a static graph, past")
         if not ids:
             raise ValueError(f"{name} is empty")
-        if not 0 <= min(ids) <= max(ids) < self.info["vocab_size"]:
-            raise ValueError(f"{name} has tokens outside of the model's {self.info['vocab_size']}")
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ValueError(f"{name} has tokens outside of the model's {self.vocab_size}")
         return ids
 
     def room(self, length: int) -> int:

@@ -47,10 +47,11 @@ class CachedModel:
         # then the tokenizer takes it.
         self._open_decoder(provider, threads)
         self._sampler = open_session(self.folder / "sampler.onnx", Device(), 1)
-        shape = self._sampler.get_outputs()[-1].shape        # of the log-probabilities
-        self.candidates: int = shape[1] if len(shape) == 2 else 0            # tokens to draw from
+        self.candidates: int = self._sampler.get_outputs()[-1].shape[1]      # tokens to draw from
+        *_, rows, self.vocab_size = self.session.get_outputs()[0].shape      # of logits: 1, N, V
         self.drafts = read_drafts(self.folder)       # {}: none, and the same text as with a table
-        self._check_graphs()
+        if rows == 1 and self.drafts is not None:
+            raise ValueError(f"{self.folder}: drafts.json is of another model.onnx: export again")
         self.tokenizer = load_tokenizer(self.folder)
         give_back_memory()
         self.use(None)
@@ -76,21 +77,6 @@ class CachedModel:
         large = sum(entry["bytes"] for entry in info["files"].values()) > LARGE
         self._huge_pages = threading.Thread(target=use_huge_pages, daemon=True, args=(
             huge_page_ranges() - ranges_before,)) if large else None
-
-    def _check_graphs(self) -> None:
-        """Raise ValueError if export.json or drafts.json disagree with the graphs."""
-        info, inputs = self.info, self.session.get_inputs()
-        keys = [(i.type, *i.shape[1::2]) for i in inputs if i.name.endswith(".key")]
-        *_, rows, size = self.session.get_outputs()[0].shape      # of the logits: 1, N, V
-        kind = {"float32": "tensor(float)", "float16": "tensor(float16)"}[info["cache_type"]]
-        if (len(keys) != info["layers"] or size != info["vocab_size"]
-                or {*keys} != {(kind, info["kv_heads"], info["head_dim"])}
-                or ("position_ids" in {i.name for i in inputs}) == (info["target"] == "ort")
-                or not (isinstance(self.candidates, int) and self.candidates)
-                or len(self._sampler.get_outputs()) != 3
-                or (rows == 1 and self.drafts is not None)):     # which need logits of several
-            raise ValueError(f"{self.folder / 'export.json'} is not of this model.onnx, "
-                             "sampler.onnx or drafts.json: export again")
 
     def cut(self, n: int) -> None:
         """Take out of the cache what it holds beyond n tokens."""

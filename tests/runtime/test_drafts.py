@@ -139,7 +139,7 @@ def test_a_table_needs_logits_of_several_tokens(folders, tmp_path):
     for kind in ("portable", "static"):
         folder = shutil.copytree(folders[kind], tmp_path / kind)
         write_drafts(folder, {(1,): 2})
-        with pytest.raises(ValueError, match="sampler.onnx or drafts.json: export again"):
+        with pytest.raises(ValueError, match="drafts.json is of another model.onnx"):
             Generator(folder, threads=1)
 
 

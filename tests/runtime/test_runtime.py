@@ -8,9 +8,7 @@ import math
 import random
 import weakref
 from collections import Counter
-from pathlib import Path
 
-import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -23,20 +21,6 @@ from minismoe.runtime.providers import CPU, Device
 from minismoe.runtime.sampling import Sampling
 
 PROMPTS = [b"a", b"some words", b"longer: the quick brown fox jumps"]
-
-
-def spoil_sampler(folder: Path, rank: int) -> None:
-    """One whose values are not of rank 2, and export.json as it would be with it."""
-    graph = onnx.load(folder / "sampler.onnx").graph
-    last = onnx.helper.make_node("ReduceMax", ["logits"], ["values"], keepdims=0) if (
-        rank == 0) else onnx.helper.make_node("Reshape", ["logits", "flat"], ["values"])
-    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(
-        [last], "g", graph.input, [onnx.helper.make_tensor_value_info(
-            "values", onnx.TensorProto.FLOAT, ["n"] * rank)],
-        [onnx.helper.make_tensor("flat", onnx.TensorProto.INT64, [1], [-1])]),
-        opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), folder / "sampler.onnx")
-    describe(folder, files={p.name: {"bytes": p.stat().st_size, "sha256": ""}
-                            for p in folder.iterdir() if p.name != "export.json"})
 
 
 def test_an_error_in_a_step_empties_the_cache(generator) -> None:
@@ -321,18 +305,13 @@ def test_an_old_onnxruntime_and_another_layout_are_named(folders, tmp_path, monk
     *((lambda f, name=name: describe(f, files={name: {}}), "no plain file name")
       for name in ("../export.json", "C:x", "a\\b", "/etc/passwd")),
     *((lambda f, size=size: describe(f, **size), f"not understood: .* {[*size][0]}")
-      for size in ({"context": 0}, {"layers": 0}, {"static": [1, 0, 96]})),
-    (lambda f: describe(f, layers="2"), "not understood"),
+      for size in ({"context": 0}, {"context": "2"}, {"static": [1, 0, 96]})),
     (lambda f: describe(f, format="other/1"), "other/1"),
     (lambda f: (f / "export.json").write_text("{"), "not valid JSON"),
     (lambda f: describe(f, files={}), "names no model.onnx and no sampler.onnx"),
     (lambda f: ((f / "model.onnx").write_bytes(b"x"), describe(f, files={
         n: {"bytes": (f / n).stat().st_size, "sha256": ""} for n in ("model.onnx", "sampler.onnx")
     })), "cannot open"),
-    (lambda f: describe(f, vocab_size=300), "export.json is not of this model.onnx"),
-    (lambda f: describe(f, kv_heads=3), "export.json is not of this model.onnx"),
-    (lambda f: describe(f, cache_type="float16"), "export.json is not of this model.onnx"),
-    (lambda f: describe(f, target="portable"), "export.json is not of this model.onnx"),
     (lambda f: describe(f, static=[2, 4, 96]), r"not understood: .* static \[2, 4, 96\]"),
     (lambda f: describe(f, context=1 << 40), "not understood"),
     (lambda f: (f / "export.json").write_text("[" * 100_000), "not valid JSON"),
@@ -341,8 +320,6 @@ def test_an_old_onnxruntime_and_another_layout_are_named(folders, tmp_path, monk
     (lambda f: describe(f, soc="60"), "not understood: .* soc '60'"),
     (lambda f: describe(f, contract={"cache": "other"}), "not understood: .* contract"),
     (lambda f: describe(f, adapters=["a"]), r"not understood: .* adapters \['a'\]"),
-    (lambda f: spoil_sampler(f, 0), "export.json is not of this model.onnx, sampler.onnx"),
-    (lambda f: spoil_sampler(f, 1), "export.json is not of this model.onnx, sampler.onnx"),
 ])
 def test_broken_folders(model, tmp_path, change, message) -> None:
     folder = export(model, tmp_path / "f")
