@@ -98,11 +98,7 @@ class Terminal:
     def talk(self) -> None:
         """Answer line by line until the input ends; Ctrl-C ends an answer, not the chat."""
         history, results = [*self.system], 0         # results of calls that are still to be typed
-        ask = "> " if sys.stdin.isatty() else ""
-        if ask:
-            with suppress(ImportError):      # lines can be edited, and exceed 4,095 bytes
-                import readline  # noqa: F401
-            print("Ctrl-C stops an answer, /clear forgets, /exit or Ctrl-D ends.", file=sys.stderr)
+        ask = _prompt()
         while True:
             try:
                 line = input(ask)
@@ -172,13 +168,17 @@ class Terminal:
                              message.get("tool_calls", ())) or message["content"]
             show(said)
         show("\n")
+        self._note(answer, times)
+        return said, message, answer
+
+    def _note(self, answer: Generation, times: Sequence[float]) -> None:
+        """Print why an answer was cut and, with --stats, how fast it was."""
         if answer.ended == "context":
             print(f"[the context of {self.generator.context} tokens is full]", file=sys.stderr)
         if answer.ended == "max_tokens" and self.options.get("grammar"):
             print(f"[the answer was cut at {self.args.max_tokens} tokens]", file=sys.stderr)
         if self.args.stats and len(times) > 1:
             _print_speed(answer, times)
-        return said, message, answer
 
     def _choose(self, text: str) -> list[Answer]:
         """The likeliest of --choices, as many as --best says."""
@@ -193,6 +193,16 @@ class Terminal:
         """An answer of --choices, with --best after its probability."""
         odds = f"{math.exp(answer.logprob):.4f}\t" if self.args.best else ""
         return odds + answer.text
+
+
+def _prompt() -> str:
+    """What stands before each line that a user types; "" for a pipe."""
+    if not sys.stdin.isatty():
+        return ""
+    with suppress(ImportError):              # lines can be edited, and exceed 4,095 bytes
+        import readline  # noqa: F401
+    print("Ctrl-C stops an answer, /clear forgets, /exit or Ctrl-D ends.", file=sys.stderr)
+    return "> "
 
 
 def _show(text: str) -> None:
