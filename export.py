@@ -6,16 +6,19 @@
     python export.py RUN --layout web                 a page that runs the model in a browser
     python export.py --model FOLDER --out FOLDER      a base without adapters
 
-Freezes the routing, writes the folder, keeps it if it computes what PyTorch does, and says what the
-export lost of the trained model.
+Places the experts, rounds, writes the folder, keeps it if it computes what PyTorch does, and says
+what the export lost of the trained model.
 """
 
+import random
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import onnxruntime
@@ -24,17 +27,21 @@ from minismoe.cli import inputs as cli
 from minismoe.cli import results, runs, script, trimming
 from minismoe.cli.export_flags import NO_RUN, parse
 from minismoe.cli.flags import InputConfig
+from minismoe.data.tasks import collate
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export.answers import rights_in_torch
 from minismoe.export.calibration import unlabelled
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.ship import widened
 from minismoe.export.write import export_model
-from minismoe.io.files import must_be_new, must_be_writable, naming, read_json
+from minismoe.io.files import must_be_new, must_be_writable, naming
 from minismoe.io.text import clean
+from minismoe.method.experts import routed
+from minismoe.method.freeze import freeze
 from minismoe.model.checkpoint import load_adapter
+from minismoe.model.decoder import CausalLM
 from minismoe.runtime.providers import find_device
-from minismoe.training.plan import can_match
+from minismoe.training.plan import can_match, lines_to_fit
 
 CHECKED, ANSWERED = 8, 300       # test lines of a task: of free text, and of others at most
 STORED = "weights as stored"
@@ -53,12 +60,12 @@ def main(argv: Sequence[str]) -> None:
     with scratch_folder(config) as scratch:
         source = load_run(config, scratch) if config.run else load_base(config, scratch)
 
-        # Freeze the routing, round, write, check, and measure what was lost
+        # Place the experts, round, write, check, and measure what was lost
         out, info = export_model(config, source)
 
     # Say how to open it
     print(clean(f"{out}: {info['bytes'] / 1e6:.1f} MB\n"
-                f"{next_commands(config, source, out, info.get('adapters', {}))}", "\n"))
+                f"{next_commands(config, source, out)}", "\n"))
     if config.run and not config.vocab:
         print(trimming.hint(source, info), end="")
 
@@ -84,22 +91,19 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
         raise FileNotFoundError(f"{run} is no run of train.py: it holds no config.json")
     saved = runs.read_run(run)
     runs.finished(run)
-    tasks = read_json(run / "adapter" / "adapter.json")["tasks"]
-    if config.task and config.task not in tasks:
-        raise ValueError(f"{run} has no task {config.task!r}; it has {', '.join(tasks)}")
     resume = f"{script.command('train')} --resume --out {shlex.quote(str(run))}"
     # A base that was trained in a few bits is exported from its own weights: base_bits stays None.
     limit = config.limit_test or (CHECKED if saved.limit_test == 0 else saved.limit_test)
     dtype = saved.dtype if config.dtype == "auto" else config.dtype
     settings = stored_on_cpus(cli.resolve_auto(replace(
-        saved, device=config.device, dtype=dtype, limit_test=limit,
-        only_tasks=config.task or saved.only_tasks)), config)
+        saved, device=config.device, dtype=dtype, limit_test=limit)), config)
     with naming(f"{run / 'config.json'} ({resume} --model FOLDER --data FOLDER says where they are "
                 "now)", FileNotFoundError):
         inputs = cli.load_inputs(settings)
-    if limit == saved.limit_test and (other := runs.other_tasks(run, inputs, config.task)):
+    if limit == saved.limit_test and (other := runs.other_tasks(run, inputs)):
         print(f"not what the run was trained on: {other}", file=sys.stderr)
     load_adapter(inputs.model, run / "adapter")
+    freezes = must_freeze(run, inputs.model, config.routing)
     judged = results.read_after(run, inputs) if dtype == saved.dtype else {}
     whole = inputs
     if config.vocab:
@@ -116,12 +120,33 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
             judged[task.name] = [right[i] for i in lines]
     source = Source(
         run, inputs.folder, whole.model.name, inputs.model, inputs.tokenizer, inputs.tasks,
-        inputs.encoded, saved.system, judged)
-    if config.vocab:
+        inputs.encoded, saved.system, judged, freezes)
+    if config.vocab or freezes:
         of_whole = replace(source, trained=whole.model, tokenizer=whole.tokenizer)
         judged |= {task.name: rights_in_torch(whole.model, of_whole, task)
                    for task in inputs.tasks if task.name not in judged}
+    if freezes:
+        freeze_mixtures(inputs)
     return source
+
+
+def must_freeze(run: Path, model: CausalLM, routing: str) -> bool:
+    """Whether a run was trained with routers to the end, and they do not ship. ValueError if they
+    are to ship, and training has frozen them."""
+    if routing == "dynamic" and not routed(model):
+        raise ValueError(f"{run} has no routers, as its routing was frozen while it was trained: "
+                         "leave out --routing dynamic, or train with --routing dynamic")
+    return routing != "dynamic" and routed(model)
+
+
+def freeze_mixtures(inputs: cli.Inputs) -> None:
+    """Make plain LoRAs of the mixtures of a model, and print what this loses."""
+    lines = [*chain(*inputs.encoded.values())]
+    lines = lines_to_fit(random.Random(0).sample(lines, len(lines)))
+    missed = freeze(inputs.model, collate(lines, inputs.tokenizer.pad_id))
+    print(f"froze {len(missed)} mixtures, which were trained with their routers: the median "
+          f"LoRA misses {median(missed.values()):.1%} of what its mixture added to lines held "
+          "out. Training with frozen routing loses less")
 
 
 def stored_on_cpus(settings: InputConfig, config: ExportConfig) -> InputConfig:
@@ -154,22 +179,17 @@ def load_base(config: ExportConfig, scratch: Path = Path()) -> Source:
                    tokenizer=load_tokenizer(trimmed))
 
 
-def next_commands(config: ExportConfig, source: Source, out: Path, adapters: Mapping[str, str],
-                  ) -> str:
-    """How the folder is opened, and asked what its first task asks. adapters: files, by task."""
+def next_commands(config: ExportConfig, source: Source, out: Path) -> str:
+    """How the folder is opened, and asked what its first task asks."""
     folder, asked = shlex.quote(str(out)), [task for task in source.tasks if task.instruction]
-    task = next(iter(adapters), asked[0].name if asked and len(source.tasks) > 1 else "")
+    task = asked[0].name if asked and len(source.tasks) > 1 else ""
     named = f" --task {shlex.quote(task)}" if task else ""
     ask = f"{named} --lines < questions.txt" if asked else f"{named} --chat"
     if config.provider:
         ask = f" --provider {config.provider[0]}{ask}"
     port = f"{port_commands(folder)}{named} < questions.txt" if config.port else ""
     return {"onnx": f"python -m minismoe.runtime {folder}{ask}{port}",
-            "genai": f"model = onnxruntime_genai.Model({str(out)!r})" + (
-                "\nadapters = onnxruntime_genai.Adapters(model)"
-                f"\nadapters.load({str(out / adapters[task])!r}, {task!r})"
-                f"\ngenerator.set_active_adapter(adapters, {task!r})     # else it is the base"
-                if adapters else port),
+            "genai": f"model = onnxruntime_genai.Model({str(out)!r}){port}",
             # transformers.js looks a relative path up among its own models, then on the hub
             "web": f"python -m minismoe.runtime {folder} --serve\n"
                    f"await pipeline('text-generation', {str(out.absolute())!r})"

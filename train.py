@@ -124,7 +124,7 @@ def train_and_evaluate(run: Path, config: RunConfig, inputs: Inputs, allocation:
     after = before if before and not summary["step"] else score(inputs, "after", config, plans)
     results.save_results(run, known, after, {
         "trainable_parameters": trainable, "experts": sum(allocation.experts.values()),
-        "kept": summary["choice"], "seconds": seconds})
+        "kept": summary["choice"], "seconds": seconds}, summary["frozen"])
 
 
 @torch.no_grad()

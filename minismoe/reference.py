@@ -5,9 +5,10 @@
 
 To fine-tune a frozen model on several tasks, measure how sensitive each matrix is to each task (1),
 let each task vote for its most sensitive ones, where a vote is one LoRA expert (2), and train the
-experts (3). To ship it, turn the experts of a matrix into one plain LoRA and merge that (4), round
-the weights to few bits (5), write an ONNX graph (6), and let onnxruntime generate (7). A matrix W
-with E = 2 experts of rank r; for one token, it reads x and writes y:
+experts (3). On the way, turn the experts of each matrix into one plain LoRA, which training goes on
+with (4). To ship it, merge that, round the weights to few bits (5), write an ONNX graph (6), and
+let onnxruntime generate (7). A matrix W with E = 2 experts of rank r; for one token, it reads x and
+writes y:
 
             +--- W  (out, in) ---------------------------------------+
             |                                                        |
@@ -109,7 +110,7 @@ def vote(scores: Mapping[str, Any], groups: Sequence[Any], keep: float) -> dict[
                 experts[module] += 1
     return experts
 
-# 3. Train (LoRA-SMoE, Mixtral). Without a router (E = 1) the only gate is 1:
+# 3. Train (LoRA-SMoE, Mixtral). Without a router (E = 1, or frozen) each gate is 1:
 #    y     =  W x  +  scaling * sum over experts e of  g_e(x) B_e^T A_e x
 #    g(x)  =  softmax over the k largest of the E router logits, 0 elsewhere
 class Mixture(nn.Module):
@@ -124,7 +125,7 @@ class Mixture(nn.Module):
     def gates(self, x: Tensor) -> Tensor:
         """g(x), (N, E), of tokens x (N, in)."""
         if self.router is None:
-            return x.new_ones(len(x), 1)
+            return x.new_ones(len(x), len(self.lora_A))
         self.router_logits = logits = x @ self.router.T
         return logits.masked_fill(~chosen(logits, self.top_k), -torch.inf).softmax(dim=-1)
 
@@ -165,13 +166,21 @@ def balance_loss(logits: Tensor, k: int) -> Tensor:
 
 # A step's loss is the mean over the tokens of its answers, plus 0.01 times the mean balance loss.
 # The rate rises in a twentieth of the steps (or ten, or half of all), then falls as half a cosine.
-def train(model: Decoder, batches: Sequence[Sequence[Sample]], peak: float) -> list[float]:
-    """Train all experts; returns the loss of each step, without balance."""
-    trained = [p for m in model.mixtures.values() for p in m.parameters()]
-    routed = [m for m in model.mixtures.values() if m.top_k < len(m.lora_A)]    # they choose
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0)
-    warm, curve = max(1, min(10, len(batches) // 2), round(0.05 * len(batches))), []
+# After 0.8 of the steps the mixtures become plain LoRAs (4), and the optimizer begins anew.
+def train(model: Decoder, batches: Sequence[Sequence[Sample]], peak: float,
+          ) -> tuple[list[float], dict[str, float]]:
+    """Train all experts; returns the loss of each step, without balance, and what `freeze` does."""
+    steps, curve, residuals = len(batches), list[float](), dict[str, float]()
+    warm = max(1, min(10, steps // 2), round(0.05 * steps))
+    freeze_at, begin = min(round(0.8 * steps), steps - 1), 0
     for step, batch in enumerate(batches):
+        if step == freeze_at:
+            residuals = freeze(model, [sample for batch in batches for sample in batch][:256])
+        if step in (0, freeze_at):
+            begin, trained = step, [p for m in model.mixtures.values() for p in m.parameters()]
+            optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0)
+        routed = [m for m in model.mixtures.values()                       # they choose
+                  if m.router is not None and m.top_k < len(m.lora_A)]
         losses, logits = [], []
         for sample in batch:
             losses.append(answer_losses(model, *sample))
@@ -180,60 +189,68 @@ def train(model: Decoder, batches: Sequence[Sequence[Sample]], peak: float) -> l
         loss = torch.cat(losses).mean()
         (loss + 0.01 * sum(balance) / max(1, len(routed))).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
-        cosine = math.cos(math.pi * max(0, step - warm) / max(1, len(batches) - warm))
-        optimizer.param_groups[0]["lr"] = peak * min((step + 1) / warm, (1 + cosine) / 2)
+        cosine = math.cos(math.pi * max(0, step - warm) / max(1, steps - warm))
+        optimizer.param_groups[0]["lr"] = (
+            peak * min(1, (step - begin + 1) / warm) * min(1, (1 + cosine) / 2))
         optimizer.step()
         optimizer.zero_grad()
         curve.append(loss.item())
-    return curve
+    return curve, residuals
 
 # 4. Freeze (ours). A and B are all experts' stacked. Find the A' (E*r, in) of one plain LoRA:
-#    A'  =  argmin  sum over tokens x of  || y - scaling * B^T A' x ||^2,   y = what the experts add
-#    gates   A' = each A_e times c_e,  c = argmin || y - sum over e of c_e scaling B_e^T A_e x ||^2
-#    linear  A' = that of gates + S,  S = argmin || (g(x) - c) * A x - S x ||^2 + ridge || S ||^2
-def fits(layer: Mixture, x: Tensor, ridge: float) -> dict[str, Tensor]:
-    """{"gates", "linear": A' (E*r, in)} from tokens x (N, in)."""
-    g, each = layer.gates(x), torch.stack(layer.outputs(x), dim=2)       # (N, E), (N, out, E)
-    c = torch.linalg.lstsq(each.flatten(0, 1), layer.added(x).reshape(-1, 1)).solution
-    A_gates = torch.cat([c[e] * A for e, A in enumerate(layer.lora_A)])
-    left = torch.cat([(g[:, e, None] - c[e]) * (x @ A.T) for e, A in enumerate(layer.lora_A)], 1)
-    # The ridge, times the mean diagonal of x^T x, is `in` more equations: pull S = 0.
-    pull = (ridge * x.square().sum(dim=0).mean()).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
-    S = torch.linalg.lstsq(torch.cat([x, pull]), torch.cat([left, 0 * pull @ A_gates.T]),
+#    A'  =  A_g + S,   S = argmin  mean over tokens of  w || g(x) * A x - (A_g + S) x ||^2  +  pull
+#    A_g =  each A_e times its mean gate,   pull = 0.01 || S ||^2 times the mean square of w^(1/2) x
+#    w   =  0.01 + 0.99 || dL / dy ||^2 / mean,   y = what the matrix writes, L = the answers' loss
+def linear_fit(layer: Mixture, x: Tensor, w: Tensor) -> Tensor:
+    """A' from tokens x (N, in) with weights w (N,)."""
+    g, root = layer.gates(x), w.sqrt()[:, None]                              # (N, E), (N, 1)
+    A_g = torch.cat([A * (w @ g[:, e]) / w.sum() for e, A in enumerate(layer.lora_A)])
+    wanted = torch.cat([g[:, e, None] * (x @ A.T) for e, A in enumerate(layer.lora_A)], dim=1)
+    missed, x = root * (wanted - x @ A_g.T), root * x
+    # The pull is `in` more equations: each entry of S, times its root, is 0.
+    pull = (0.01 * x.square().sum(dim=0).mean()).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
+    S = torch.linalg.lstsq(torch.cat([x, pull]), torch.cat([missed, 0 * pull @ A_g.T]),
                            driver="gels").solution
-    return {"gates": A_gates, "linear": A_gates + S.T}
+    return A_g + S.T
 
-def frozen(layer: Mixture, A: Tensor) -> Mixture:
-    """The layer with one expert A' of rank E*r in place of E experts and a router."""
-    B = layer.lora_B.flatten(0, 1)
-    return Mixture(layer.weight, layer.bias, A[None], B[None], None, 1, layer.scaling)
-
-def residual(layer: Mixture, A: Tensor, x: Tensor) -> float:
-    """Share of the experts' output energy that A' misses: || y - y' ||^2 / || y ||^2."""
-    y = layer.added(x)
-    return ((y - frozen(layer, A).added(x)).square().sum() / y.square().sum()).item()
-
-# Merge: W becomes  W + scaling * B^T A'.  Every fourth sample is held out, to choose the ridge.
-@torch.no_grad()
-def merge(model: Decoder, samples: Sequence[Sample]) -> dict[str, float]:
-    """Merge each mixture as it acts on some samples; {module: residual} of those with a router."""
-    reads: dict[str, list[Tensor]] = {name: [] for name in model.mixtures}       # x (N, in) each
-    for name, layer in model.mixtures.items():
-        layer.register_forward_pre_hook(lambda _, x, xs=reads[name]: xs.append(x[0]))
-    for ids, _ in samples:
-        model(ids, slice(-1, None))
+def freeze(model: Decoder, samples: Sequence[Sample]) -> dict[str, float]:
+    """Make each mixture one LoRA, as A' for A, gates of 1 and no router. Returns {module: residual}
+    by every fourth sample, which is not fitted: || y - y' ||^2 / || y ||^2 of what experts add."""
+    routed = {name: m for name, m in model.mixtures.items() if m.router is not None}
+    seen: dict[Any, tuple[list[Tensor], list[Tensor]]] = {m: ([], []) for m in routed.values()}
+    def watch(layer: Any, x: tuple[Tensor, ...], y: Tensor) -> None:
+        seen[layer][0].append(x[0].detach())
+        y.register_hook(lambda dy: seen[layer][1].append(dy.square().sum(dim=1)))
+    hooks = [m.register_forward_hook(watch) for m in routed.values()]
+    for sample in samples:
+        answer_losses(model, *sample).sum().backward()
+    for hook in hooks:
+        hook.remove()
     residuals = {}
-    for name, layer in model.mixtures.items():
-        if layer.router is not None:
-            held = torch.cat(reads[name][1::4])
-            fitted = torch.cat([x for i, x in enumerate(reads[name]) if i % 4 != 1])
-            tried = [fits(layer, fitted, 1.0)["gates"], *(
-                fits(layer, fitted, ridge)["linear"] for ridge in (1e-2, 1e-1))]
-            best = min(tried, key=lambda A: residual(layer, A, held))
-            residuals[name], layer = residual(layer, best, held), frozen(layer, best)
-        model.weights[name] = layer.weight + layer.scaling * layer.lora_B[0].T @ layer.lora_A[0]
-    model.mixtures.clear()
+    with torch.no_grad():
+        for name, layer in routed.items():
+            layer.zero_grad()
+            x, d = (torch.cat(parts) for parts in seen[layer])               # (N, in), (N,)
+            sizes = torch.tensor([len(part) for part in seen[layer][0]])
+            held = torch.arange(len(sizes)).repeat_interleave(sizes) % 4 == 1
+            w = 0.01 + 0.99 * d / d.mean().clamp(min=1e-30)
+            A = linear_fit(layer, x[~held], w[~held])
+            y = layer.added(x[held])
+            layer.lora_A.copy_(A.view_as(layer.lora_A))
+            layer.router = layer.router_logits = None
+            missed = y - layer.added(x[held])
+            lost, energy = (w[held] @ each.square().sum(dim=1) for each in (missed, y))
+            residuals[name] = (lost / energy).item() if energy > 0 else 0.0
     return residuals
+
+# Merge: W becomes  W + scaling * the sum of all B_e^T A_e.
+@torch.no_grad()
+def merge(model: Decoder) -> None:
+    """Merge all frozen mixtures."""
+    for name, layer in model.mixtures.items():
+        added = torch.stack([B.T @ A for A, B in zip(layer.lora_A, layer.lora_B)]).sum(dim=0)
+        model.weights[name] = layer.weight + layer.scaling * added
+    model.mixtures.clear()
 
 # 5. Few bits (ours). Blocks of 32 weights of a row share a scale, and become integers q of b bits:
 #    W_b  =  scale * q,   -2^(b-1) <= q < 2^(b-1),   where the largest weight gets q = -2^(b-1)
@@ -389,7 +406,6 @@ def main() -> None:
     except Exception as e:
         sys.exit(f"cannot take {folder}: {type(e).__name__}: {e}")
     training = {task: samples[1:] for task, samples in tasks.items()}
-    probed = [sample for samples in training.values() for sample in samples[:16]]
     weights = {name: W.requires_grad_() for name, W in model.weights.items() if "_proj" in name}
     scores = {task: sensitivity(weights, (answer_losses(model, *s).mean() for s in samples[:16]))
               for task, samples in training.items()}
@@ -399,16 +415,18 @@ def main() -> None:
     print(f"1, 2. probe and vote: {sum(experts.values())} experts on {len(experts)} matrices")
     pool = [sample for samples in training.values() for sample in samples]
     order = [pool[i] for _ in range(3) for i in torch.randperm(len(pool)).tolist()]
-    curve = train(model, [order[i:i + 8] for i in range(0, len(order), 8)], peak=4e-3)
+    batches = [order[i:i + 8] for i in range(0, len(order), 8)]
+    curve, residuals = train(model, batches, peak=4e-3)
     print(f"3. train: {len(curve)} steps, loss {curve[0]:.3f} to {curve[-1]:.3f}")
-    mixture = [greedy(model, prompt, c.eos_token_id) for prompt in prompts]
-    print(f"4. merge: worst residual {max(merge(model, probed).values(), default=0):.2%}")
+    print(f"4. freeze, on the way: worst residual {max(residuals.values(), default=0):.2%}")
+    trained = [greedy(model, prompt, c.eos_token_id) for prompt in prompts]
+    merge(model)
     size = file.write_bytes(Graph(model, dict.fromkeys(weights, 4)).decoder().SerializeToString())
     shipped = [greedy(with_cache(InferenceSession(file), c), prompt, c.eos_token_id)
                for prompt in prompts]
     print(f"5 to 7. ONNX, in 4 bits: {file}, {size / 1e6:.1f} MB")
-    for texts in zip(prompts, before, mixture, shipped):
-        print("\n{}\n  before training: {}\n  the mixture:     {}\n  onnxruntime:     {}".format(
+    for texts in zip(prompts, before, trained, shipped):
+        print("\n{}\n  before training: {}\n  trained:         {}\n  onnxruntime:     {}".format(
             *(decode(ids).strip() for ids in texts)))
 
 if __name__ == "__main__":

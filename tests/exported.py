@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 import export as script
 from minismoe.data.tools import Message
 from minismoe.export import graph, steps
-from minismoe.export.calibration import Batches
+from minismoe.export.calibration import Samples
 from minismoe.export.mixture import round_experts
 from minismoe.export.settings import ExportConfig
-from minismoe.export.ship import Part, freeze_and_round, sharing_copy
+from minismoe.export.ship import Part, place_and_round, sharing_copy
 from minismoe.export.weights import GraphFormat
 from minismoe.io.files import read_json
 from minismoe.model.decoder import CausalLM, Config
@@ -47,9 +48,9 @@ def random_model(seed: int = 0, **changes: Any) -> CausalLM:
 
 
 def part_of(model: CausalLM, form: GraphFormat) -> Part:
-    """A graph of that form, which holds the model in floats; routing goes on."""
+    """A graph of that form, which holds the model in floats; experts stay beside."""
     return Part(ExportConfig(routing="dynamic", target=form.target, precision=form.precision,
-                             block=form.block), sharing_copy(model), {})
+                             block=form.block), sharing_copy(model))
 
 
 def stored(model: CausalLM, form: GraphFormat, beside: Mapping[str, nn.Linear] = {}) -> CausalLM:
@@ -63,10 +64,11 @@ def stored(model: CausalLM, form: GraphFormat, beside: Mapping[str, nn.Linear] =
 
 
 def rounded(tree: CausalLM, form: GraphFormat, model: CausalLM | None = None,
-            batches: Batches | None = None) -> CausalLM:
-    """A copy of a tree in few bits, rounded for what a model reads on batches."""
+            samples: Samples | None = None) -> CausalLM:
+    """A copy of a tree in few bits, rounded for what a model reads on samples."""
     part = part_of(tree, form)
-    freeze_and_round(part, model or tree, batches or {}, {})
+    source: Any = SimpleNamespace(trained=model or tree, tokenizer=SimpleNamespace(pad_id=0))
+    place_and_round(part, source, samples or {})
     return part.shipped
 
 
@@ -98,7 +100,7 @@ def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
              kv_heads=c.num_key_value_heads, head_dim=c.head_dim, vocab_size=c.vocab_size,
              cache_type="float16" if precision == "fp16" else "float32",
              contract={"cache": {"ort": "shared", "portable": "growing"}.get(kind, "fixed")},
-             format="minismoe.export/1", adapters={})
+             format="minismoe.export/1")
     return folder
 
 

@@ -32,7 +32,7 @@ from minismoe.runtime import __main__ as terminal
 
 MODEL = {"hidden_size": 64, "max_position_embeddings": 128}
 SHORT = (*QUICK, "--batch-size", "8", "--dtype", "float32")
-BAR = re.compile(r"^\s*$|^(evaluate|probe|train|freeze|round)[^:]*: " r".*(\d+/\d+|\d+%|/s|sample)")
+BAR = re.compile(r"^\s*$|^(evaluate|probe|train|round)[^:]*: " r".*(\d+/\d+|\d+%|/s|sample)")
 
 
 @dataclass
@@ -281,7 +281,7 @@ def test_one_example_trains(world: World) -> None:
 
 def test_odd_names_of_tasks_are_no_paths_and_no_terminal_commands(world: World) -> None:
     """No name becomes a path, and none reaches the terminal as a command to it."""
-    names = ["-", "..", "\x1b[31mred a", "nul.x", "t\u202etxt"]
+    names = ["-", "a..", "\x1b[31mred a", "nul.x", "t\u202etxt"]
     shutil.rmtree(world.data / "t")
     for name in names:
         write_lines(world.data / f"{name}.jsonl", numbered(6, "\x1b[31m\x9b\r\u202e"))
@@ -290,7 +290,7 @@ def test_odd_names_of_tasks_are_no_paths_and_no_terminal_commands(world: World) 
     with contextlib.redirect_stdout(shown):
         for main, *args in ((train.main, *world.inputs, *SHORT, "--out", out),
                             (train.main, *world.inputs, "--show", "2"),
-                            (export.main, out, "--adapters", "--out", out / "onnx")):
+                            (export.main, out, "--out", out / "onnx")):
             assert exit_code(partial(run_script, main), *args) == 0
     assert all(c.isprintable() or c == "\n" for c in shown.getvalue())
     now = contents(world.root)

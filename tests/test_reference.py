@@ -14,7 +14,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from mixture import fit, merge
 from tiny import edit_tensors, python, randomise, save_bytes_model
 
 from minismoe import reference
@@ -22,7 +21,8 @@ from minismoe.data.tasks import Example, collate, encode_all, load_tasks
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.io.files import read_json
 from minismoe.method.allocate import allocate
-from minismoe.method.experts import add_experts, expert_layers
+from minismoe.method.experts import add_experts, expert_layers, merged
+from minismoe.method.freeze import freeze
 from minismoe.method.sensitivity import probe
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
@@ -39,7 +39,7 @@ TOY = FILE.parent / "data" / "toy_base"
 
 def test_the_reference_is_one_file_of_few_lines_that_imports_nothing_of_ours() -> None:
     text = FILE.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 420
+    assert len(text.splitlines()) <= 435
     tree, imported = ast.parse(text), set[str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -67,7 +67,7 @@ def test_the_lines_beside_the_toy_are_right() -> None:
 def test_the_toy_learns_and_its_graph_answers_as_it_does(tmp_path: Path) -> None:
     done = python(FILE, folder=tmp_path, timeout=300)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    answers = re.findall(r"training: +(.*)\n +the mixture: +(.*)\n +onnxruntime: +(.*)\n",
+    answers = re.findall(r"training: +(.*)\n +trained: +(.*)\n +onnxruntime: +(.*)\n",
                          done.stdout)
     assert [right for _, *right in answers] == [["KEB", "KEB"], ["29", "29"]]
     assert {before for before, *_ in answers}.isdisjoint({"KEB", "29"})
@@ -221,35 +221,37 @@ def test_training_equals_the_package(base: Path, tmp_path: Path, monkeypatch) ->
         examples, plan_tasks(examples, [], cfg), cfg)]
     train(ours, examples, cfg, tmp_path, 258)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    curve = reference.train(model, batches, peak=4e-3)
-    assert curve == pytest.approx([json.loads(line)["loss"] for line in lines], abs=1e-4)
+    curve, residuals = reference.train(model, batches, peak=4e-3)
+    assert residuals.keys() == {name for name, m in model.mixtures.items() if len(m.lora_A) > 1}
+    assert not any(layer.router is not None for layer in expert_layers(ours).values())
+    assert curve == pytest.approx([json.loads(line)["loss"] for line in lines], rel=1e-4)
     assert curve[-1] < curve[0] - 0.5
     for name, layer in expert_layers(ours).items():
         torch.testing.assert_close(model.mixtures[name.removeprefix("model.")].lora_B.data,
                                    layer.lora_B.data, rtol=1e-2, atol=1e-3)
 
 
-def test_fits_merged_weights_and_greedy_text_equal_the_package(base: Path, tmp_path: Path) -> None:
+def test_frozen_and_merged_weights_and_greedy_text_equal_the_package(base: Path) -> None:
     model, ours, tasks = both(base)
     start_alike(model, ours, some_experts(model))
     samples = tasks["capitals"] + tasks["smaller"]
     prompts = [ids[:length].tolist() for ids, length in samples[::6]]
     mixed = [reference.greedy(model, prompt, 257) for prompt in prompts]
     assert mixed == generate(ours, prompts, 24, [257])
-    found = fit(ours, {"": [collate([example("", s)], 258) for s in samples]})
-    residuals = reference.merge(model, samples)
-    for name, residual in residuals.items():
-        assert residual == pytest.approx(found[None][f"model.{name}"].residual, rel=0.02, abs=1e-6)
-    merge(ours, found[None])
+    found = freeze(ours, collate([example("", s) for s in samples], 258))
+    residuals = reference.freeze(model, samples)
+    assert {f"model.{name}": residual for name, residual in residuals.items()} == pytest.approx(
+        found, rel=0.02, abs=1e-6)
+    reference.merge(model)
     for name, W in model.weights.items():
         if "_proj" in name:
-            torch.testing.assert_close(W, ours.get_submodule(f"model.{name}").weight,
-                                       rtol=1e-3, atol=1e-4)
-    merged = [reference.greedy(model, prompt, 257) for prompt in prompts]
-    assert merged == generate(ours, prompts, 24, [257])
+            layer = ours.get_submodule(f"model.{name}")
+            torch.testing.assert_close(W, merged(layer.weight, layer), rtol=1e-3, atol=1e-4)
+    said = [reference.greedy(model, prompt, 257) for prompt in prompts]
+    assert said == generate(ours, prompts, 24, [257])
     session = onnxruntime.InferenceSession(reference.Graph(model, {}).decoder().SerializeToString())
-    assert merged == [reference.greedy(reference.with_cache(session, model.config), prompt, 257)
-                      for prompt in prompts]
+    assert said == [reference.greedy(reference.with_cache(session, model.config), prompt, 257)
+                    for prompt in prompts]
 
 
 def test_main_takes_all_steps(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -264,7 +266,7 @@ def test_main_takes_all_steps(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     said = capsys.readouterr().out
     experts, first, last, residual = map(float, re.search(
         r"vote: (\d+) experts on 14 matrices\n3. train: 6 steps, loss (\S+) to (\S+)\n"
-        r"4. merge: worst residual (\S+)%\n5 to 7. ONNX", said).groups())
+        r"4. freeze, on the way: worst residual (\S+)%\n5 to 7. ONNX", said).groups())
     assert 14 < experts < 28 and last < first and 0 < residual < 20
     assert len(re.findall("User: .*\nAssistant:\n  before training: ", said)) == 2
     onnx.checker.check_model(str(tmp_path / "reference.onnx"))

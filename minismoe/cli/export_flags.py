@@ -17,30 +17,22 @@ TARGETS = {name: how.targets for name, how in PRECISIONS.items()} | {
 WORDS = ("layout", "precision", "routing", "target")     # flags that a message shows with the value
 NO_GRAPH = "--layout {layout} holds no graph"
 NO_ADAPTERS = "a base has no adapters (--prompts FILE calibrates 4 bits and NPUs)"
-EACH = "--adapters freezes for each task, beside a base of layout onnx or genai"
 STATIC = "--static fixes all sizes of layout onnx"
 # When flags have no effect, which ones, and why not.
 Row = tuple[Callable[[ExportConfig], Any], str, str]
 NO_EFFECT: tuple[Row, ...] = (
-    (lambda c: not c.graph, "target provider precision static context adapters port block",
-     NO_GRAPH),
+    (lambda c: not c.graph, "target provider precision static context port block", NO_GRAPH),
     (lambda c: c.layout == "hf" or c.layout == "peft" and c.routing == "dynamic", "routing",
      NO_GRAPH),
-    (lambda c: c.model and c.layout == "peft", "run limit_test routing adapters task layout",
-     NO_ADAPTERS),
-    (lambda c: c.model, "run limit_test routing adapters task", NO_ADAPTERS),
+    (lambda c: c.model and c.layout == "peft", "run limit_test routing layout", NO_ADAPTERS),
+    (lambda c: c.model, "run limit_test routing", NO_ADAPTERS),
     (lambda c: c.model and not c.vocab and (
         not c.graph or c.precision in ("fp32", "fp16", "int8", "q8")), "prompts", NO_ADAPTERS),
-    (lambda c: c.target == "npu", "routing adapters", "--target npu holds one merged model"),
-    (lambda c: c.routing == "dynamic", "adapters task prompts",
-     "--routing dynamic freezes nothing"),
-    (lambda c: c.adapters, "routing task prompts", EACH),
-    (lambda c: c.adapters and c.layout == "web", "layout", EACH),
-    (lambda c: c.prompts, "task", "--prompts has no tasks"),
+    (lambda c: c.target == "npu", "routing", "--target npu holds one merged model"),
     (lambda c: c.static, "layout", STATIC),
     (lambda c: c.static and c.target == "npu", "context", STATIC),
-    (lambda c: c.target == "npu" or c.static or c.layout == "web" or c.adapters, "port",
-     "answer.c takes no fixed sizes, web folders and adapters"),
+    (lambda c: c.target == "npu" or c.static or c.layout == "web", "port",
+     "answer.c takes no fixed sizes and no web folders"),
     (lambda c: c.layout == "peft", "vocab", "an adapter belongs to the base with all tokens"),
     (lambda c: c.model and not c.prompts, "vocab",
      "texts show which tokens are needed: give --prompts FILE"),
@@ -60,7 +52,7 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig:
     args = vars(parser.parse_args(argv))
     config, given = from_flags(ExportConfig, args), {     # to give the default is never wrong
         name: value for name, value in args.items() if value != parser.get_default(name)}
-    if wrong := contradiction(config, given):
+    if wrong := without_effect(config, given):
         parser.error(wrong)
     if config.run or config.model:
         return config
@@ -71,12 +63,12 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig:
         raise FileNotFoundError("no run in runs has finished; go on with the newest: "
                                 f"{command('train')} --resume --out "
                                 f"{shlex.quote(str(begun[-1].parent))}")
-    if wrong := contradiction(replace(config, model="the base"), given):
+    if wrong := without_effect(replace(config, model="the base"), given):
         raise ValueError(f"{NO_RUN}; {wrong}")
     return config
 
 
-def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
+def without_effect(config: ExportConfig, given: Mapping[str, Any]) -> str:
     """Which flags contradict each other, and how to mend it; "" if none do."""
     for applies, names, why in NO_EFFECT:
         if wrong := [name for name in names.split() if name in given and applies(config)]:

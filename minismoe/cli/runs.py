@@ -181,12 +181,11 @@ def differing(now: Mapping[str, str], before: Mapping[str, str]) -> str:
     return clean(", ".join(name for name in {**before, **now} if now.get(name) != before.get(name)))
 
 
-def other_tasks(run: Path, inputs: Inputs, task: str | None = None) -> str:
-    """The names of the tasks, or of one of them, whose lines are not those that a run was trained
-    on; empty if all are."""
+def other_tasks(run: Path, inputs: Inputs) -> str:
+    """The names of the tasks whose lines are not those that a run was trained on; empty if all
+    are."""
     return differing(*(
-        {name: value for name, value in identity.items()
-         if name.startswith("task ") and task in (None, name.removeprefix("task "))}
+        {name: value for name, value in identity.items() if name.startswith("task ")}
         for identity in (inputs.identity, saved_config(run)["identity"])))
 
 

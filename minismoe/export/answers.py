@@ -1,7 +1,7 @@
 """Exact match of the model as it was trained and of an export, and which step lost what.
 
-Between the two, the model may be trimmed to fewer tokens, its mixtures merged, its weights rounded.
-The merged model is only asked if the export answers worse than chance explains.
+Between the two, the model may be trimmed to fewer tokens, its mixtures frozen if training has not
+done it, and its weights are rounded.
 """
 
 import math
@@ -20,42 +20,33 @@ from ..runtime import Generator
 from ..runtime.drafts import SUFFIX
 from ..training.evaluate import evaluate, exact_match, questions
 from .settings import Source
-from .ship import Part, unrounded, with_adapter
+from .ship import Part
 
 Rights = dict[str, dict[str, list[int]]]     # by task and model: 1 or 0 for each test line
 CHANCE = 0.05            # a loss is told if chance explains it less often than this
 ENOUGH = 50              # test lines, of which fewer cannot show a loss
 ADVICE = {
     "trimmed": "keep more tokens (a larger --vocab, or none)",
-    "merged": "keep the mixtures (--layout onnx --routing dynamic), or calibrate on lines like "
-              "those of the test (--prompts FILE)",
+    "frozen": "train with --routing frozen, or export with --routing dynamic",
     "rounded": "export with more bits (--precision int4, int4-8, int8, fp32, in rising order)"}
 
 
 def check_answers(part: Part, source: Source, name: str, right: Callable[[Task], list[int]],
-                  reference_fp32: CausalLM | None = None) -> Rights:
-    """Print exact match by task of the trained model, of the trimmed one with --vocab, and of the
-    export, called `name` and answered by `right`; and which step lost what, if the export has lost
-    more than chance explains. Tasks whose answers the export has no room for are left out.
-
-    reference_fp32: the trained model, of which the merged one is made to find that step.
-    """
-    config, rights = part.config, Rights()
-    own = "trimmed" if config.vocab else "trained"
+                  ) -> Rights:
+    """Print exact match by task of the trained model, of the trimmed one with --vocab or the one
+    that was frozen after training, and of the export, called `name` and answered by `right`; and
+    which step lost what, if the export has lost more than chance explains. Tasks whose answers the
+    export has no room for are left out."""
+    rights, own = Rights(), "frozen" if source.froze else "trained"
+    if part.config.vocab:
+        own = "trimmed"
     for task in source.tasks:
         if task.test and (given := right(task)):
             known = {"trained": source.judged[task.name]} if task.name in source.judged else {}
             if own not in known:
                 known[own] = rights_in_torch(source.trained, source, task)
             rights[task.name] = known | {name: given}
-    merges = any(fit.kind != "exact" for fits in part.fits.values() for fit in fits.values())
-    if merges and config.form.rounds and reference_fp32 and any(losses(rights)):
-        merged = unrounded(part, reference_fp32)
-        for task in (task for task in source.tasks if task.name in rights):
-            model = with_adapter(merged, task.name if config.adapters else None)
-            row, given = rights[task.name], rights[task.name].pop(name)
-            row |= {"merged": rights_in_torch(model, source, task), name: given}
-    show_rights(rights, "rounded" if config.form.rounds else "merged")
+    show_rights(rights)
     return rights
 
 
@@ -122,9 +113,9 @@ def losses(rights: Rights) -> Iterator[tuple[str, dict[str, list[int]], int, int
             yield task, row, lost, won
 
 
-def show_rights(rights: Rights, last_step: str) -> None:
+def show_rights(rights: Rights) -> None:
     """Print the table, each loss with the step that lost most, and which tasks have too few lines.
-    last_step: the one before the export, a key of ADVICE."""
+    """
     if not rights:
         return
     names = [*next(iter(rights.values()))]
@@ -135,7 +126,7 @@ def show_rights(rights: Rights, last_step: str) -> None:
     for task, row, lost, won in losses(rights):
         counts = [*map(sum, row.values())]
         falls = [a - b for a, b in zip(counts, counts[1:])]
-        worst = [*names[1:-1], last_step][falls.index(max(falls))]
+        worst = [*names[1:-1], "rounded"][falls.index(max(falls))]
         print(f"{task}: of {len(row[names[0]])} test lines, the export answers {lost} wrongly "
               f"that the trained model answers rightly, and {won} rightly that it answers wrongly. "
               "This is more than chance explains. Right answers: "

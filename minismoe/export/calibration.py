@@ -9,7 +9,6 @@ import random
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +16,13 @@ from torch import Tensor, nn
 from ..data.tasks import Batch, Example, probe_batches
 from ..io.files import naming
 from ..method.experts import linear_layers
-from ..method.freeze import TaskFits, solve
-from ..method.hooks import HOLD, hooked, reads
+from ..method.hooks import hooked, reads
 from ..method.loss import IGNORE, supervised_tokens
 from ..method.token_weights import token_weights
 from ..model.decoder import CausalLM
 from ..model.tokens import Tokens
 from .gptq import DAMPING, factor
-from .layers import HEAD, routed
+from .layers import HEAD
 from .settings import ExportConfig, Source
 
 TOKENS, OF_TASK, LONGEST = 8192, 4096, 512   # of all tasks, of one, and of a text: its last ones
@@ -35,10 +33,8 @@ Batches = Mapping[str, Sequence[Batch]]      # by task
 
 
 def shuffled_samples(config: ExportConfig, source: Source) -> Samples:
-    """What an export is calibrated on: examples of the run, or of one task; or lines of --prompts.
-    """
-    samples = {task: examples for task, examples in source.examples.items()
-               if config.task in (None, task)}
+    """What an export is calibrated on: examples of the run, or lines of --prompts."""
+    samples: Samples = source.examples
     if config.prompts:
         samples = {"prompts": unlabelled(config.prompts, source)}
     return {name: random.Random(0).sample(e, len(e)) for name, e in samples.items()}
@@ -108,19 +104,10 @@ class Calibration:
     with alike is one of them, and counts as often as it is there."""
 
     def __init__(self, model: CausalLM, batches: Batches):
-        self.model, self.tasks, self.states = model, [*batches], list[State]()
-        self.token_weights, rows = dict[str, Tensor](), list[Tensor]()   # (T,) each, by module
-        for number, of_task in enumerate(batches.values()):
-            samples = 0
-            for batch in of_task:
-                self.states.append(State(model, batch))
-                tokens = self.states[-1].tokens
-                rows.append(torch.stack([torch.full_like(tokens.repeats, number), tokens.repeats,
-                                         (samples + tokens.batch_rows) % HOLD]))
-                samples += len(batch[0])
-        if rows:
-            self.task, self.times, sample = torch.cat(rows, 1)                           # (T,)
-            self.held = sample == 1
+        self.model, self.token_weights = model, dict[str, Tensor]()      # (T,) each, by module
+        self.states = [State(model, batch) for of_task in batches.values() for batch in of_task]
+        if self.states:
+            self.times = torch.cat([state.tokens.repeats for state in self.states])      # (T,)
 
     def weigh(self) -> None:
         """Let tokens count as the answers depend on them, if the texts have answers."""
@@ -129,7 +116,7 @@ class Calibration:
             found = [state.token_weights(self.model, 1 - 2 * torch.randint(
                 2, state.answers.shape, generator=generator)) for state in self.states]
             weights = {name: torch.cat([of[name] for of in found]) for name in found[0]}
-            if all(w.isfinite().all() for w in weights.values()):        # else `solve` says where
+            if all(w.isfinite().all() for w in weights.values()):
                 self.token_weights = weights
 
     def run_layer(self, number: int) -> Mapping[tuple[str, ...], Tensor | None]:
@@ -146,16 +133,6 @@ class Calibration:
         decoder = self.model.model
         read = [decoder.head_input(state.x, state.tokens).float() for state in self.states]
         return torch.cat(read) if read else None
-
-    def fit(self, names: Sequence[str], x: Tensor | None, fits: TaskFits) -> None:
-        """Put the fits of mixtures that read x (T, D) into `fits`, for each task that it has."""
-        layers = {name: self.model.get_submodule(name) for name in names}
-        mixtures: Any = {name: layer for name, layer in layers.items() if routed(layer)}
-        for task, of_task in fits.items():
-            if x is None or not mixtures or not of_task:
-                continue
-            own: Any = slice(None) if task is None else self.task == self.tasks.index(task)
-            of_task |= solve(mixtures, x[own], self.held[own], self.counts([*mixtures], x)[own])
 
     def factor(self, names: Sequence[str], x: Tensor | None, damping: float = DAMPING,
                ) -> Tensor | None:

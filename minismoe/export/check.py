@@ -3,14 +3,14 @@
 `part.shipped` holds the weights of the folder: a session that rounds no activations has to compute
 what it does, the session that ships and other providers may differ as far as rounding explains, and
 files without a graph hold its numbers to the bit. Before it is rounded, it has to compute what the
-trained model does, if freezing loses nothing. How far the folder is from the latter is told.
+trained model does, as placing experts loses nothing. How far the folder is from the latter is told.
 
 Letters: n tokens compared, V vocabulary.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,8 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
-from ..data.tasks import Example, Task, collate
+from ..data.tasks import Example, collate
 from ..io.text import clean
-from ..method.experts import expert_layers
 from ..model.checkpoint import load_model
 from ..model.decoder import CausalLM
 from ..model.quantize import BlockWeight
@@ -32,23 +31,13 @@ from ..runtime.drafts import make_drafts, write_drafts
 from ..runtime.folder import graph_of
 from ..runtime.model import CHUNK
 from .answers import check_answers, rights_in_torch, rights_of, shares, training_answers
-from .layers import AdapterLinear
 from .nodes import all_nodes
 from .plan import TOKENS, check_prompts
 from .settings import ExportConfig, Source
-from .ship import (
-    Part,
-    adapter_weights,
-    merged_weights,
-    sharing_copy,
-    unrounded,
-    widened,
-    with_adapter,
-)
+from .ship import Part, adapter_weights, merged_weights, unrounded, widened
 from .weights import PRECISIONS
 
 Prompts = Sequence[Sequence[int]]
-Figures = dict[str | None, dict[str, Any]]   # by adapter; None: without any
 FEW = 4                                      # tokens of a text that is slow to read
 LITTLE = 1e11                                # multiplications that a longer prompt may cost
 FLOAT32, BITS8 = 1e-4, 0.1   # how far logits may be apart: in floats, activations in 8 bits
@@ -67,120 +56,91 @@ def tolerance(config: ExportConfig, exact: bool = False) -> float:
 
 
 def check(part: Part, source: Source, folder: Path, reference_fp32: CausalLM) -> dict[str, Any]:
-    """Compare a folder with the shipped model and with the trained one; returns figures, of a graph
-    by adapter. Raises ValueError if it does not compute what the shipped model does."""
+    """Compare a folder with the shipped model and with the trained one; returns figures. Raises
+    ValueError if it does not compute what the shipped model does."""
     config, prompts = part.config, check_prompts(source)
-    check_frozen(part, reference_fp32, prompts)
+    check_placed(part, reference_fp32, prompts)
     if not config.graph:
         return check_weights(part, source, folder, prompts)
     figures = check_exact(part, folder, prompts)
     generator = Generator(folder)
-    check_shipped(part, source, generator, prompts, figures)
+    figures |= check_shipped(part, source, generator, prompts)
+    show_logits(source.name, figures, "the trimmed model" if config.vocab else "the trained model")
     for name in config.provider or ():
-        check_provider(part, generator, Generator(folder, name), name, prompts, figures)
+        figures.setdefault("providers", {})[name] = check_provider(
+            part, generator, Generator(folder, name), name, prompts)
 
     steps = Counter[str]()
-
-    def right(task: Task) -> list[int]:
-        generator.use(task.name if config.adapters else None)
-        return rights_of(generator, task, steps)
-
     if config.form.last > 1:
         generator.drafts = make_drafts(training_answers(source))
-    rights = check_answers(part, source, config.precision, right, reference_fp32)
+    rights = check_answers(part, source, config.precision,
+                           lambda task: rights_of(generator, task, steps))
     if generator.drafts and steps["steps"] < PAYS * steps["steps_without"]:
         write_drafts(folder, generator.drafts)
-        figures[None]["drafts"] = dict(steps)
-    for adapter, seen in figures.items():
-        if adapter or not config.adapters:
-            seen["exact_match"] = {task: shares(row) for task, row in rights.items()
-                                   if adapter in (None, task)}
-    return {task or config.task or "": seen for task, seen in figures.items()}
+        figures["drafts"] = dict(steps)
+    return figures | {"exact_match": {task: shares(row) for task, row in rights.items()}}
 
 
-def check_frozen(part: Part, reference_fp32: CausalLM, prompts: Prompts) -> None:
-    """The model that ships before it is rounded, beside the trained one, if single experts were
-    frozen, or mixtures go on routing: both lose nothing."""
-    if any(fit.kind != "exact" for fits in part.fits.values() for fit in fits.values()):
-        return
+def check_placed(part: Part, reference_fp32: CausalLM, prompts: Prompts) -> None:
+    """The model that ships before it is rounded, beside the trained one: merged or beside the
+    weights, the experts do the same."""
     model = unrounded(part, reference_fp32) if part.config.form.rounds else part.shipped
     along = last_tokens(prompts)
-    for task in part.fits:
-        compare(logits(reference_fp32, *along), logits(with_adapter(model, task), *along), FLOAT32,
-                "freezing changed the model that was trained")
+    compare(logits(reference_fp32, *along), logits(model, *along), FLOAT32,
+            "placing the experts changed the model that was trained")
 
 
-def check_exact(part: Part, folder: Path, prompts: Prompts) -> Figures:
+def check_exact(part: Part, folder: Path, prompts: Prompts) -> dict[str, Any]:
     """A session that rounds no activations to 8 bits, beside the shipped model: it shows the least
     error in weights and operators. It ends before another one opens."""
-    config, figures, generator = part.config, Figures(), Generator(folder)
+    config, generator = part.config, Generator(folder)
     npu = config.target == "npu"
     if config.form.rounds_activations and not npu:
         stop_rounding(generator)
     hint = ", or too few texts showed its activations: give more --prompts" if npu else ""
     count = min(FEW, generator.room(max(map(len, prompts))))     # a static past may hold few
-    for adapter in adapters(part.shipped, generator):
-        read, texts = with_long(generator, part.shipped, *last_tokens(prompts, count))
-        last = slice(-4, None) if len(read) > len(prompts) else slice(None)      # they may be slow
-        wanted, given = (logits(m, read[last], texts[last]) for m in (part.shipped, generator))
-        figures[adapter] = {"graph_error": compare(
-            wanted, given, tolerance(config, exact=True), "the export is not what PyTorch computes "
-            f"with the weights that it stores{hint}")["logits_error"]}
-    return figures
+    read, texts = with_long(generator, part.shipped, *last_tokens(prompts, count))
+    last = slice(-4, None) if len(read) > len(prompts) else slice(None)      # they may be slow
+    wanted, given = (logits(m, read[last], texts[last]) for m in (part.shipped, generator))
+    return {"graph_error": compare(
+        wanted, given, tolerance(config, exact=True), "the export is not what PyTorch computes "
+        f"with the weights that it stores{hint}")["logits_error"]}
 
 
 def check_shipped(part: Part, source: Source, generator: Generator, prompts: Prompts,
-                  figures: Figures) -> None:
+                  ) -> dict[str, Any]:
     """The session that ships, beside the shipped model and the trained one, along its own greedy
     texts. It may not take a token that the shipped model finds less likely than another, by more
     than both may differ."""
     config, most = part.config, min(TOKENS, generator.room(max(map(len, prompts))))
-    for adapter in adapters(part.shipped, generator):
-        texts, allowed = generator.batch(prompts, most), tolerance(config)
-        wanted, given = (logits(m, prompts, texts) for m in (part.shipped, generator))
-        if config.form.rounds_activations and compare(wanted, given)["logits_error"] > allowed:
-            allowed = max(allowed, EXPLAINED * rounding_error(part.shipped, prompts, texts, wanted))
-        error = compare(wanted, given, allowed)["logits_error"]
-        for of_text, text in zip(wanted, texts):
-            behind = of_text[:-1].amax(-1) - of_text[range(len(text)), text]
-            if (behind > 2 * allowed * of_text.abs().max()).any():
-                raise ValueError("the export says other texts than PyTorch: it takes a token whose "
-                                 f"logit is {behind.max():.2g} below the largest")
-        trained = sharing_copy(source.trained)
-        if config.adapters and not adapter:              # the base alone
-            for name, layer in expert_layers(trained).items():
-                trained.set_submodule(name, AdapterLinear(layer, {}))
-        figures[adapter] |= {"shipped_error": error} | compare(
-            logits(trained, prompts, texts), given)
-        show_logits(adapter or config.task or source.name, figures[adapter],
-             "the trimmed model" if config.vocab else "the trained model")
+    texts, allowed = generator.batch(prompts, most), tolerance(config)
+    wanted, given = (logits(m, prompts, texts) for m in (part.shipped, generator))
+    if config.form.rounds_activations and compare(wanted, given)["logits_error"] > allowed:
+        allowed = max(allowed, EXPLAINED * rounding_error(part.shipped, prompts, texts, wanted))
+    error = compare(wanted, given, allowed)["logits_error"]
+    for of_text, text in zip(wanted, texts):
+        behind = of_text[:-1].amax(-1) - of_text[range(len(text)), text]
+        if (behind > 2 * allowed * of_text.abs().max()).any():
+            raise ValueError("the export says other texts than PyTorch: it takes a token whose "
+                             f"logit is {behind.max():.2g} below the largest")
+    return {"shipped_error": error} | compare(logits(source.trained, prompts, texts), given)
 
 
 def check_provider(part: Part, generator: Generator, other: Generator, name: str, prompts: Prompts,
-                   figures: Figures) -> None:
+                   ) -> dict[str, Any]:
     """A session on another provider, beside the one that ships, along the greedy texts of that one:
     what a provider takes, it may compute wrongly."""
     npu, wrong = part.config.target == "npu", f"{name} does not compute what the CPU does"
     if npu:                                  # an emulated one is slow
         prompts, wrong = prompts[:1], f"{wrong} (try another T in --static 1xTxP)"
-    for adapter in adapters(generator, other):
-        texts, said = ([[*session.generate(prompt, FEW - 1 if npu else TOKENS)]
-                        for prompt in prompts] for session in (generator, other))
-        along = (prompts, texts) if npu else with_long(generator, part.shipped, prompts, texts)
-        found = compare(logits(generator, *along), logits(other, *along),
-                        tolerance(part.config, exact=npu), wrong)
-        found |= {"texts": len(texts), "texts_equal": sum(map(list.__eq__, texts, said))}
-        figures[adapter].setdefault("providers", {})[name] = found
-        show_logits(name, found, "the CPU")
-
-
-def adapters(*models: CausalLM | Generator) -> Iterator[str | None]:
-    """None and each adapter of a folder in turn; meanwhile all of these models have it. models: the
-    last is a session."""
-    for task in (None, *(models[-1].tasks if isinstance(models[-1], Generator) else ())):
-        for model in models:
-            model.use(task) if isinstance(model, Generator) else with_adapter(model, task)
-        yield task
+    texts, said = ([[*session.generate(prompt, FEW - 1 if npu else TOKENS)]
+                    for prompt in prompts] for session in (generator, other))
+    along = (prompts, texts) if npu else with_long(generator, part.shipped, prompts, texts)
+    found = compare(logits(generator, *along), logits(other, *along),
+                    tolerance(part.config, exact=npu), wrong)
+    found |= {"texts": len(texts), "texts_equal": sum(map(list.__eq__, texts, said))}
+    show_logits(name, found, "the CPU")
+    return found
 
 
 @torch.no_grad()
@@ -278,7 +238,7 @@ def stop_rounding(generator: Generator) -> None:
     generator.close()                        # first, as a large model may not fit twice
     generator.session = ort.InferenceSession(graph.SerializeToString(), options,
                                              providers=["CPUExecutionProvider"])
-    generator.use(None)
+    generator.renew_cache()
 
 
 def check_weights(part: Part, source: Source, folder: Path, prompts: Prompts) -> dict[str, Any]:

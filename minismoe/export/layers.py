@@ -3,15 +3,13 @@
 Letters: E experts of a layer, R all their ranks.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..method.experts import ExpertLinear
-from ..method.freeze import Fit, merged
+from ..method.experts import ExpertLinear, merged
 from ..model.decoder import CausalLM
 from ..model.quantize import BlockEmbedding, BlockLinear, BlockWeight
 
@@ -19,12 +17,12 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 class MergedWeight(nn.Module):
-    """A weight (out, in), and a LoRA that each call of `dense` merges into it, in float32."""
+    """A weight (out, in), and experts that each call of `dense` merges into it, in float32."""
 
-    def __init__(self, base: Any, fit: Fit):
-        """base: a Tensor, or a WideWeight."""
+    def __init__(self, base: Any, layer: ExpertLinear):
+        """base: a Tensor, or a WideWeight. layer: without a router."""
         super().__init__()
-        self.base, self.fit, self.shape = base, fit, base.shape
+        self.base, self.shape, self.experts = base, base.shape, [layer]      # no module of ours
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias: (..., in) -> (..., out)."""
@@ -34,27 +32,7 @@ class MergedWeight(nn.Module):
     def dense(self) -> Tensor:
         """The weight (out, in)."""
         base = self.base if isinstance(self.base, Tensor) else self.base.dense()
-        return merged(base.float(), self.fit)
-
-
-class AdapterLinear(nn.Linear):
-    """A linear layer, in floats or blocks, with a LoRA of each task, of which a graph takes one at
-    run time: inputs `<module>.lora_A` (in, R) and `<module>.lora_B` (R, out)."""
-
-    task: str | None = None                  # whose LoRA is added; None: none
-
-    def __init__(self, linear: nn.Linear, fits: Mapping[str, Fit]):
-        """linear: its experts, if it has any, are left out."""
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias, self.fits = linear.weight, linear.bias, dict(fits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        weight: Any = self.weight
-        y = F.linear(x, weight if isinstance(weight, Tensor) else weight.dense(), self.bias)
-        fit = self.fits[self.task] if self.task is not None else None
-        return y if fit is None else y + x @ fit.lora_A.to(x).T @ fit.lora_B.to(x).T
+        return merged(base.float(), self.experts[0])
 
 
 def matrix(leaf: Any) -> Any:
@@ -62,11 +40,6 @@ def matrix(leaf: Any) -> Any:
     if isinstance(leaf.weight, BlockWeight):
         return leaf.weight.blocks
     return leaf.weight.detach() if isinstance(leaf.weight, Tensor) else leaf.weight.dense()
-
-
-def routed(layer: nn.Module) -> bool:
-    """Whether a layer has several experts."""
-    return isinstance(layer, ExpertLinear) and layer.router is not None
 
 
 def vocabularies(model: CausalLM) -> list[str]:
@@ -95,6 +68,6 @@ def flat(layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
     if not isinstance(layer, ExpertLinear):
         A = torch.zeros(0, layer.in_features)
         return A, torch.zeros(layer.out_features, 0), A
-    A, B = (p.detach().float().cpu().flatten(0, 1) for p in (layer.lora_A, layer.lora_B))
+    A, B = (part.float().cpu() for part in layer.lora())
     router = A[:0] if layer.router is None else layer.router.detach().float().cpu()
-    return A, (B * layer.scaling).T, router
+    return A, B, router

@@ -1,7 +1,4 @@
-"""The folders that programs open: ours, PEFT, transformers, onnxruntime-genai, transformers.js.
-
-Letters: R rank of a fit.
-"""
+"""The folders that programs open: ours, PEFT, transformers, onnxruntime-genai, transformers.js."""
 
 import json
 import re
@@ -11,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from onnxruntime import AdapterFormat, OrtValue
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,7 +15,7 @@ from torch import Tensor
 from ..data.templates import DEFAULT_TEMPLATE, chat_template
 from ..data.tokenizer import ByteTokenizer, load_tokenizer
 from ..io.files import inside, last_part, read_json, write_json
-from ..method.freeze import Fit, merged
+from ..method.experts import ExpertLinear, expert_layers, merged
 from ..method.vocabulary import BYTES
 from ..model.checkpoint import LEFT_OUT, MERGED, read_config, text_name, weight_files
 from ..model.config import CONV, DELTA, FULL, Config, text_part
@@ -37,12 +33,12 @@ WEB_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("int8", 
               "int4-8": ("q4", "_q4"), "int4": ("q4", "_q4"), "q8": ("q8", "_quantized"),
               "q4f16": ("q4f16", "_q4f16")}
 
-Fits = Mapping[str, Fit]                     # module -> its fit
+Experts = Mapping[str, ExpertLinear]         # by module; without routers
 LEGAL = r"(licen[cs]e|notice|copying|use_policy)[\w.-]*$"        # files that go with the weights
 
 
 def write_graph(part: Part, folder: Path) -> dict[str, Any]:
-    """Write the decoder, sampler.onnx, adapters and what the layout's own program needs beside the
+    """Write the decoder, sampler.onnx and what the layout's own program needs beside the
     files of `copy_base_files`; returns the entries of export.json on them."""
     config, sizes, name = part.config, part.shipped.config, "model.onnx"
     half = PRECISIONS[config.precision].half
@@ -59,14 +55,10 @@ def write_graph(part: Part, folder: Path) -> dict[str, Any]:
     if config.layout == "genai":
         write_genai(folder, config.context or 0, said["cache"] == "shared")
     write_sampler(folder / "sampler.onnx", sizes.vocab_size)
-    adapters = {}
-    for number, (task, fits) in enumerate(part.fits.items() if config.adapters else ()):
-        adapters[task] = f"{number}.onnx_adapter"        # the name of a task may be no file name
-        write_adapter(folder / adapters[task], fits)
     return {"target": config.target, "precision": config.precision, "context": config.context,
             "static": config.static, "layers": len(sizes.attention_layers),
             "kv_heads": sizes.num_key_value_heads, "head_dim": sizes.head_dim,
-            "vocab_size": sizes.vocab_size, "adapters": adapters, "bits": {
+            "vocab_size": sizes.vocab_size, "bits": {
                 name: [leaf.weight.bits, leaf.weight.size]
                 for name, leaf in part.shipped.named_modules()
                 if isinstance(getattr(leaf, "weight", None), BlockWeight)},
@@ -75,21 +67,22 @@ def write_graph(part: Part, folder: Path) -> dict[str, Any]:
             **({"soc": config.chip} if config.chip else {})}
 
 
-def write_weights(layout: str, base: Path, name: str, fits: Fits, folder: Path) -> None:
+def write_weights(layout: str, base: Path, name: str, trained: CausalLM, folder: Path) -> None:
     """Write the weights of layout hf, or the adapter of layout peft.
 
-    base: the folder of the base. name: of the base, as it was given.
+    base: the folder of the base. name: of the base, as it was given. trained: the model with its
+    experts.
     """
-    sizes, whole = read_config(base)
-    fits = {sizes.name(n): f for n, f in fits.items()}   # by the names that other programs know
+    sizes, whole = read_config(base)         # the names that other programs know
+    experts = {sizes.name(n): layer for n, layer in expert_layers(trained).items()}
     if layout == "peft":
         # How transformers names the text part of a model of text and images.
         root = "model." if text_part(whole) == whole else "model.language_model."
-        write_peft(folder, {n.replace("model.", root, 1): f for n, f in fits.items()},
+        write_peft(folder, {n.replace("model.", root, 1): m for n, m in experts.items()},
                    name if "/" in name and not Path(name).is_dir() else base.resolve().name)
         return
-    write_hf(folder, base, fits)
-    if fits:
+    write_hf(folder, base, experts)
+    if experts:
         settings = read_json(folder / "config.json")
         write_json(folder / "config.json", {**settings, MERGED: last_part(name)})
 
@@ -157,32 +150,32 @@ def byte_level() -> dict[str, Any]:
             "version": "1.0", "model": {"type": "BPE", "vocab": vocab, "merges": []}}
 
 
-def write_peft(out: Path, fits: Fits, base_model: str) -> None:
+def write_peft(out: Path, experts: Experts, base_model: str) -> None:
     """Write an adapter folder that PEFT, vLLM and llama.cpp read alike.
 
-    They disagree about scaling and about uneven ranks, so every fit is padded with zeros to R, the
-    largest rank, and lora_alpha = r = R. Full names are targets: a short one such as "q_proj" would
-    also adapt layers without a fit. Raises ValueError if there is no fit.
+    They disagree about scaling and about uneven ranks, so every LoRA is padded with zeros to R,
+    the largest rank, and lora_alpha = r = R. Full names are targets: a short one such as "q_proj"
+    would also adapt layers without experts. Raises ValueError if there are none.
     """
-    if not fits:
+    if not experts:
         raise ValueError("no matrix is adapted: there is nothing to write for PEFT")
-    R = max(len(f.lora_A) for f in fits.values())
-    tensors = {}
-    for name, f in fits.items():
-        key, more = f"base_model.model.{name}", R - len(f.lora_A)
-        tensors[f"{key}.lora_A.weight"] = F.pad(f.lora_A.float(), (0, 0, 0, more))
-        tensors[f"{key}.lora_B.weight"] = F.pad(f.lora_B.float(), (0, more)).contiguous()
+    loras = {name: layer.lora() for name, layer in experts.items()}
+    R, tensors = max(len(A) for A, _ in loras.values()), {}
+    for name, (A, B) in loras.items():
+        key, more = f"base_model.model.{name}", R - len(A)
+        tensors[f"{key}.lora_A.weight"] = F.pad(A.float(), (0, 0, 0, more))
+        tensors[f"{key}.lora_B.weight"] = F.pad(B.float(), (0, more)).contiguous()
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(out / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
         "r": R, "lora_alpha": R, "rank_pattern": {}, "alpha_pattern": {}, "lora_dropout": 0.0,
-        "target_modules": sorted(fits), "bias": "none", "use_rslora": False, "use_dora": False,
+        "target_modules": sorted(experts), "bias": "none", "use_rslora": False, "use_dora": False,
         "fan_in_fan_out": False, "modules_to_save": None, "inference_mode": True})
 
 
-def write_hf(out: Path, base: Path, fits: Fits) -> None:
-    """Write the weights of `base` with the fits merged into them."""
-    named = {f"{module}.weight": fit for module, fit in fits.items()}
+def write_hf(out: Path, base: Path, experts: Experts) -> None:
+    """Write the weights of `base` with the experts merged into them."""
+    named = {f"{module}.weight": layer for module, layer in experts.items()}
     rewrite_weights(base, out, lambda name, weight: (
         merged(weight, named[name]) if name in named else weight))
 
@@ -274,14 +267,3 @@ def write_page(out: Path) -> None:
                   content("index.html"))
     (out / "index.html").write_text(html, encoding="utf-8")
     (out / "offline.js").write_text(content("offline.js"), encoding="utf-8")
-
-
-def write_adapter(file: Path, fits: Fits) -> None:
-    """Write an .onnx_adapter: the graph inputs <module>.lora_A (in, R) and .lora_B (R, out)."""
-    adapter = AdapterFormat()
-    adapter.set_adapter_version(1)
-    adapter.set_model_version(1)
-    adapter.set_parameters({
-        f"{name}.{part}": OrtValue.from_dlpack(getattr(f, part).float().cpu().T.contiguous())
-        for name, f in fits.items() for part in ("lora_A", "lora_B")})
-    adapter.export_adapter(str(file))

@@ -1,4 +1,4 @@
-"""Adapters in an ONNX graph: experts of a layer, or a LoRA that is an input of the graph.
+"""The experts of linear layers in an ONNX graph.
 
 Together, those of the matrices that read the same x compute:
 
@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from onnx import TensorProto
-from onnx.helper import make_tensor, make_tensor_value_info
+from onnx.helper import make_tensor
 from torch import Tensor, nn
 
 from ..method.experts import ExpertLinear, expert_layers
 from ..model.decoder import CausalLM
 from ..model.quantize import dequantize, quantize
-from .layers import AdapterLinear, flat, matrix
+from .layers import flat, matrix
 from .nodes import Graph
 from .weights import GraphFormat, WeightStore
 
@@ -45,7 +45,7 @@ def round_experts(shipped: CausalLM, form: GraphFormat) -> None:
 
 
 class LinearLayers:
-    """The linear layers of a graph, with their adapters, by module name."""
+    """The linear layers of a graph, with their experts, by module name."""
 
     def __init__(self, graph: Graph, weights: WeightStore):
         self.graph, self.weights = graph, weights
@@ -61,34 +61,18 @@ class LinearLayers:
         if biases:
             y = self.node("Add", f"{label}.bias", y, self.tensor(
                 f"{label}.bias", torch.cat(biases).detach().to(self.graph.dtype)))
-        delta = self.adapters(leaves, label, x)
+        delta = self.added(leaves, label, x)
         return y if not delta else self.node(
             "Add", f"{label}.side", y, self.cast(f"{label}.narrow", delta, self.graph.real))
 
-    def adapters(self, leaves: Mapping[str, nn.Linear], label: str, x: str) -> str:
-        """What the adapters of layers add, (1, T, sum of out), float32; "" without any."""
-        kinds = [type(leaf) for leaf in leaves.values()]
-        if AdapterLinear not in kinds and ExpertLinear not in kinds:
+    def added(self, leaves: Mapping[str, nn.Linear], label: str, x: str) -> str:
+        """What the experts of layers add, (1, T, sum of out), float32; "" without any."""
+        if not any(isinstance(leaf, ExpertLinear) for leaf in leaves.values()):
             return ""
         x = self.cast(f"{label}.wide", x, TensorProto.FLOAT)
-        if AdapterLinear in kinds:
-            parts = [self.adapter_input(name, x, leaf) for name, leaf in leaves.items()]
-            return self.node("Concat", f"{label}.lora_B", *parts, axis=-1)
         B = torch.block_diag(*(flat(leaf)[1] for leaf in leaves.values()))
         return self.node("MatMul", f"{label}.lora_B", self.experts([*leaves.values()], label, x),
                          self.tensor(f"{label}.lora_B", B.T))
-
-    def adapter_input(self, name: str, x: str, leaf: nn.Linear) -> str:
-        """The LoRA that comes as an input; by default zeros of rank 1: WebGPU crashes at rank 0."""
-        A = self.tensor(f"{name}.lora_A", torch.zeros(leaf.in_features, 1))
-        B = self.tensor(f"{name}.lora_B", torch.zeros(1, leaf.out_features))
-        if isinstance(leaf, AdapterLinear):
-            rank = f"{name}.rank"
-            self.graph.inputs += [
-                make_tensor_value_info(A, TensorProto.FLOAT, [leaf.in_features, rank]),
-                make_tensor_value_info(B, TensorProto.FLOAT, [rank, leaf.out_features])]
-        h = self.node("MatMul", f"{name}.lora_A", x, A)
-        return self.node("MatMul", f"{name}.lora_B", h, B)
 
     def experts(self, leaves: Sequence[Any], label: str, x: str) -> str:
         """h (1, T, R), gated, of the experts of layers that read the same x."""

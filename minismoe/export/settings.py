@@ -26,8 +26,7 @@ static_sizes.__name__ = "1xTxP"              # as argparse calls it in a message
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """How a run is frozen, and what the exported folder holds. Without run and model: the built-in
-    toy."""
+    """What the exported folder holds of a run. Without run and model: the built-in toy."""
 
     run: str | None = None                   # folder of train.py
     prompts: str | None = flag(
@@ -35,20 +34,17 @@ class ExportConfig:
         metavar="FILE")
     limit_test: int | None = flag(None, "test lines a task (default: 300, and 8 of free text)",
                                   positive, metavar="N")
-    device: str = flag("auto", "for freezing: cpu, cuda, mps, or auto (default)")
-    dtype: str = flag("auto", "for freezing and calibrating. auto (default): that of the run's "
+    device: str = flag("auto", "for calibrating: cpu, cuda, mps, or auto (default)")
+    dtype: str = flag("auto", "for calibrating. auto (default): that of the run's "
                       "training, or float32 for a base", choices=("auto", "float32", "bfloat16"))
     model: str | None = flag(
         None, "instead of RUN: a checkpoint folder or hub name, without adapters", text)
     out: str | None = flag(None, "folder to make (default: one in RUN/export)", text, metavar="DIR")
-    routing: str = flag("merge", "merge (default): into the weights; freeze: a LoRA beside them; "
-                        "dynamic: token by token, as trained",
-                        choices=("merge", "freeze", "dynamic"))
-    task: str | None = flag(None, "freeze for the samples of this task only", text)
+    routing: str = flag("merge", "merge (default): experts into the weights; freeze: a LoRA beside "
+                        "them; dynamic: routers that choose token by token, for a run of train.py "
+                        "--routing dynamic", choices=("merge", "freeze", "dynamic"))
     port: bool = flag(False, "also write answer.c, which answers questions from the folder on any "
                       "device that has onnxruntime's C library, and its table answer.bin")
-    adapters: bool = flag(False, "the base with one .onnx_adapter for each task, switched at run "
-                          "time; layouts onnx and genai")
     layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js with "
                        "a page to chat in a browser, peft, or transformers",
                        choices=("onnx", "genai", "web", "peft", "hf"))
@@ -91,11 +87,6 @@ class ExportConfig:
                            self.static, 1 + DRAFTED if drafts else 1)
 
     @property
-    def kind(self) -> str:
-        """What the folder is for: a task, all adapters, or a kind of routing."""
-        return self.task or ("adapters" if self.adapters else self.routing)
-
-    @property
     def chip(self) -> int | None:
         """Qualcomm's number of the chip to compile for: that of --provider qnn[:npu]:NUMBER."""
         numbers = [name.rpartition(":")[2] for name in self.provider or ()
@@ -120,3 +111,4 @@ class Source:
     system: str | None = None                # system prompt that training added to lines
     # Of the trained model with all tokens, by task: whether each test line is right, where known.
     judged: Mapping[str, list[int]] = field(default_factory=dict)
+    froze: bool = False          # whether mixtures were frozen after it was trained and judged

@@ -1,11 +1,10 @@
-"""The model that ships: a run's model, frozen and rounded layer by layer, before it is written.
+"""The model that ships: a run's model, placed and rounded layer by layer, before it is written.
 
 Each linear layer of the run becomes what the folder stores in its place:
 
     merge      a BlockLinear of merged weights; in layout peft as freeze
-    freeze     an ExpertLinear of one expert, beside floats or blocks
-    dynamic    the ExpertLinear as it was trained, beside floats or blocks
-    adapters   an AdapterLinear, beside floats or blocks
+    freeze     the ExpertLinear, which has no router, beside floats or blocks
+    dynamic    the ExpertLinear with its router, beside floats or blocks
 
 The writer of graphs, the check and the ranges of NPUs take this model.
 """
@@ -14,36 +13,30 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..io.drawing import terminal_heatmap
 from ..io.files import read_json
 from ..io.progress import progress_bar
-from ..io.text import clean
-from ..method.experts import ExpertLinear, expert_layers, linear_layers
-from ..method.freeze import TaskFits, frozen_layer, no_fits
+from ..method.experts import (
+    ExpertLinear,
+    drop_routers,
+    expert_layers,
+    expert_parameters,
+    linear_layers,
+    routed,
+)
 from ..method.hooks import frozen
 from ..model.checkpoint import DTYPES, load_adapter, load_model, stored_tensors, text_name
 from ..model.decoder import CausalLM
 from ..model.quantize import BlockLinear, BlockWeight, WideWeight, quantize
-from .calibration import Batches, Calibration, Samples, calibration_batches
+from .calibration import Calibration, Samples, calibration_batches
 from .gptq import DAMPING, TIED_DAMPING, gptq
-from .layers import (
-    HEAD,
-    AdapterLinear,
-    MergedWeight,
-    flat,
-    matrix,
-    put_weight,
-    routed,
-    vocabularies,
-)
+from .layers import HEAD, MergedWeight, flat, matrix, put_weight, vocabularies
 from .mixture import round_experts
 from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered
 from .settings import ExportConfig, Source
@@ -57,21 +50,16 @@ class Part:
 
     config: ExportConfig
     shipped: CausalLM                        # in float32, on the CPU
-    fits: TaskFits                           # of the mixtures; none if they go on routing
     ranges: Ranges = field(default_factory=dict)         # of activations, for an NPU
 
 
-def ship(config: ExportConfig, source: Source, reference_fp32: CausalLM, samples: Samples,
-         fits: TaskFits | None = None) -> Part:
-    """The model of a source, frozen and rounded for samples.
+def ship(config: ExportConfig, source: Source, reference_fp32: CausalLM, samples: Samples) -> Part:
+    """The model of a source, placed and rounded for samples.
 
-    reference_fp32: the trained model in float32. fits: of another graph of the same folder.
+    reference_fp32: the trained model in float32.
     """
-    batches = calibration_batches(samples, source)
-    to_make = fits_to_make(config, source, batches) if fits is None else {}
-    part = Part(config, sharing_copy(reference_fp32), fits or to_make)
-    freeze_and_round(part, source.trained, batches, to_make)
-    show_fits(to_make)
+    part = Part(config, sharing_copy(reference_fp32))
+    place_and_round(part, source, samples)
     if config.graph:
         round_experts(part.shipped, config.form)
     if config.target == "npu" and config.form.rounds:
@@ -83,23 +71,17 @@ def ship(config: ExportConfig, source: Source, reference_fp32: CausalLM, samples
 
 
 @torch.no_grad()
-def freeze_and_round(part: Part, model: CausalLM, batches: Batches, to_make: TaskFits) -> None:
-    """Fit the mixtures of a model, and place and round the matrices of a part, layer by layer.
-
-    model: the run's, with the experts as they were trained. to_make: fits; at first those of single
-    experts, which are exact.
-    """
+def place_and_round(part: Part, source: Source, samples: Samples) -> None:
+    """Place what ships of the experts, and round the matrices of a part, layer by layer."""
+    model, form = source.trained, part.config.form
     head, *embedding = vocabularies(model)               # or one table for both
-    linears, ways = linear_layers(model), part.config.form
-    in_4_bits = {n for n in (*linears, head) if (way := ways.way_of(n)) and way.bits == 4}
-    to_fit = any(routed(linears[name]) for of_task in to_make.values() for name in of_task)
-    texts = Calibration(model, batches if to_fit or in_4_bits else {})
+    in_4_bits = {n for n in (*linear_layers(model), head)
+                 if (way := form.way_of(n)) and way.bits == 4}
+    texts = Calibration(model, calibration_batches(samples, source) if in_4_bits else {})
     with frozen(model):
         texts.weigh()
-        for number in progress_bar(range(len(model.model.layers)), "freeze and round",
-                                   unit="layer"):
+        for number in progress_bar(range(len(model.model.layers)), "round", unit="layer"):
             for names, x in texts.run_layer(number).items():     # what reads the same x (T, D)
-                texts.fit(names, x, to_make)
                 place(part, names)
                 round_all(part, names, texts.factor(names, x) if in_4_bits & {*names} else None)
         damping = DAMPING if embedding else TIED_DAMPING
@@ -109,21 +91,15 @@ def freeze_and_round(part: Part, model: CausalLM, batches: Batches, to_make: Tas
 
 
 def place(part: Part, names: Sequence[str]) -> None:
-    """Put into the shipped model, in place of some modules, what ships of their experts."""
-    config = part.config
+    """Merge the experts of some modules of the shipped model into their weights, if they ship so;
+    else the experts stay beside the weights."""
+    if part.config.routing != "merge" or part.config.layout == "peft":
+        return
     for name in names:
         layer = part.shipped.get_submodule(name)
-        if not isinstance(layer, ExpertLinear) or config.routing == "dynamic":
-            continue
-        fits: Any = {task: of_task[name] for task, of_task in part.fits.items()}
-        new: nn.Module
-        if config.adapters:
-            new = AdapterLinear(layer, fits)
-        elif config.routing == "merge" and config.layout != "peft":
-            new = BlockLinear(MergedWeight(layer.weight, fits[config.task]), layer.bias)
-        else:
-            new = frozen_layer(layer, fits[config.task])
-        part.shipped.set_submodule(name, new)
+        if isinstance(layer, ExpertLinear):
+            merged = BlockLinear(MergedWeight(layer.weight, layer), layer.bias)
+            part.shipped.set_submodule(name, merged)
 
 
 def round_all(part: Part, names: Sequence[str], R: Tensor | None) -> None:
@@ -141,44 +117,14 @@ def round_all(part: Part, names: Sequence[str], R: Tensor | None) -> None:
 
 def unrounded(part: Part, reference_fp32: CausalLM) -> CausalLM:
     """The shipped model as it would be if no weight were rounded."""
-    other = Part(part.config, sharing_copy(reference_fp32), part.fits)
+    other = Part(part.config, sharing_copy(reference_fp32))
     place(other, [*expert_layers(reference_fp32)])
     return other.shipped
-
-
-def with_adapter(shipped: CausalLM, task: str | None) -> CausalLM:
-    """A model that ships, from now on with the LoRAs of a task, if it has such, or with none."""
-    for layer in shipped.modules():
-        if isinstance(layer, AdapterLinear):
-            layer.task = task
-    return shipped
 
 
 def sharing_copy(model: Any) -> Any:
     """A copy of the modules of a model that shares its parameters and buffers."""
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
-
-
-def fits_to_make(config: ExportConfig, source: Source, batches: Batches) -> TaskFits:
-    """The linear maps of mixtures that the folder holds, of which those of single experts are made;
-    none if mixtures go on routing."""
-    layers = expert_layers(source.trained)
-    if config.routing == "dynamic" or not layers:
-        return {config.task: {}}
-    return no_fits(layers, batches, [*batches] if config.adapters else [config.task])
-
-
-def show_fits(by_task: TaskFits) -> None:
-    """Print the share of each mixture's output that the fits miss, for each task."""
-    for task, fits in by_task.items():
-        missed = {name: f.residual for name, f in fits.items() if f.kind != "exact"}
-        if not missed:                       # a single expert is a linear map
-            continue
-        of, kinds = f"{clean(task)}: " if task else "", [f.kind for f in fits.values()]
-        print(terminal_heatmap(
-            f"{of}share of the mixture's output that one linear map misses", missed))
-        print(f"{', '.join(f'{kinds.count(k)} {k}' for k in dict.fromkeys(kinds))}; median "
-              f"residual on held-out samples {100 * median(missed.values()):.2f} %")
 
 
 def in_float32(source: Source) -> CausalLM:
@@ -193,6 +139,11 @@ def in_float32(source: Source) -> CausalLM:
     model.fingerprint = source.trained.fingerprint         # a base of fewer tokens has another
     if expert_layers(source.trained):
         load_adapter(model, source.run / "adapter")
+        if not routed(source.trained):
+            drop_routers(model)
+        trained = expert_parameters(source.trained)      # frozen by now, unlike those in the file
+        for name, parameter in expert_parameters(model).items():
+            parameter.data.copy_(trained[name])
     return widened(model)
 
 

@@ -1,4 +1,4 @@
-"""Make the folder that ships: freeze the routing, round, write, and compare with PyTorch."""
+"""Make the folder that ships: place the experts, round, write, and compare with PyTorch."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -40,7 +40,7 @@ def export_model(config: ExportConfig, source: Source,
     """
     configs = resolved(config, source)
     config = configs[-1]
-    name = "-".join([config.kind, config.layout] + [config.precision] * config.graph)
+    name = "-".join([config.routing, config.layout] + [config.precision] * config.graph)
     out = Path(out or config.out or source.run / "export" / name)
     must_be_new(out)
     samples = shuffled_samples(config, source)
@@ -54,11 +54,8 @@ def export_model(config: ExportConfig, source: Source,
         reference_fp32 = in_float32(source)
         if any(c.graph and c.form.dtype == torch.float16 for c in configs):
             refuse_float16(reference_fp32, check_prompts(source))
-        infos, fits = list[dict[str, Any]](), None
-        for each in configs:
-            part = ship(each, source, reference_fp32, samples, fits)
-            infos, fits = [*infos, write(part, source, folder, reference_fp32)], part.fits
-        *others, info = infos
+        *others, info = [write(ship(each, source, reference_fp32, samples), source, folder,
+                               reference_fp32) for each in configs]
         for other in others:                 # of a web folder
             info["other_graph"] = {name: other[name] for name in (
                 "arguments", "checked", "cache_type", "contract") if name in other}
@@ -76,14 +73,13 @@ def write(part: Part, source: Source, folder: Path, reference_fp32: CausalLM) ->
                 t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
         record(info | graph, folder)         # the runtime reads it
     else:
-        layouts.write_weights(config.layout, source.base, source.name,
-                              part.fits[config.task], folder)
+        layouts.write_weights(config.layout, source.base, source.name, source.trained, folder)
     checked = check(part, source, folder, reference_fp32)
     if config.graph:
         graph["contract"]["golden"] = golden(Generator(folder), tolerance(config))
         with suppress(*() if config.port else (ValueError,)):    # some templates cannot be split
             graph["contract"]["prompt"] = prompt(source)
-        if steps := next(iter(checked.values())).pop("drafts", None):
+        if steps := checked.pop("drafts", None):
             graph["contract"]["drafts"] = {"file": DRAFTS, "tokens": DRAFTED, **steps}
     if config.port:
         write_port(folder, graph, source.tokenizer)
@@ -92,10 +88,9 @@ def write(part: Part, source: Source, folder: Path, reference_fp32: CausalLM) ->
 
 
 def same_texts(providers: Sequence[str], checked: Mapping[str, Any]) -> list[str]:
-    """Those providers that gave all texts of the CPU, with each adapter: `auto` may take them."""
-    return [name for name in providers if all(
-        (there := figures["providers"][name])["texts_equal"] == there["texts"]
-        for figures in checked.values())]
+    """Those providers that gave all texts of the CPU: `auto` may take them."""
+    return [name for name in providers
+            if checked["providers"][name]["texts_equal"] == checked["providers"][name]["texts"]]
 
 
 def about(config: ExportConfig, source: Source) -> dict[str, Any]:
@@ -103,7 +98,7 @@ def about(config: ExportConfig, source: Source) -> dict[str, Any]:
     adapter = expert_layers(source.trained) and source.run / "adapter" / "adapter.safetensors"
     return {
         "format": FORMAT, "model": last_part(source.name), "layout": config.layout,
-        "routing": config.kind, "arguments": {
+        "routing": config.routing, "arguments": {
             name: last_part(value) if name in ("run", "model", "prompts", "out") else value
             for name, value in asdict(config).items()},
         "base": source.trained.fingerprint, "adapter": sha256(adapter) if adapter else None,

@@ -50,7 +50,8 @@ class Routing(torch.autograd.Function):
 
 class ExpertLinear(nn.Linear):
     """A frozen nn.Linear with LoRA experts: lora_A (E, r, in), lora_B (E, r, out), router (E, in),
-    which E = 1 lacks. B starts at 0, so that y = W x at first."""
+    which a layer of one expert and a frozen layer lack: there each gate is 1. B starts at 0, so
+    that y = W x at first."""
 
     router_logits: Tensor | None = None  # (N, E) of the last forward, for `take_logits`
 
@@ -85,6 +86,12 @@ class ExpertLinear(nn.Linear):
         y = (F.linear(rows, self.weight, self.bias) if isinstance(self.weight, Tensor)
              else self.weight(rows, self.bias))                          # quantised
         return y.addmm_(h, (self.scaling * B).to(x.dtype)).view(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def lora(self) -> tuple[Tensor, Tensor]:
+        """All experts side by side as one LoRA, A (E*r, in) and B (out, E*r), which holds the
+        scaling: what a layer without a router adds is B A x."""
+        return self.lora_A.flatten(0, 1), self.scaling * self.lora_B.flatten(0, 1).T
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy, which cannot copy router logits that have a graph."""
@@ -140,6 +147,26 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """lora_A (E, r, in), lora_B (E, r, out) and router (E, in) of all experts, by full name."""
     return {f"{name}.{part}": getattr(layer, part) for name, layer in expert_layers(model).items()
             for part in PARTS if getattr(layer, part) is not None}
+
+
+@torch.no_grad()
+def merged(weight: Tensor, layer: ExpertLinear) -> Tensor:
+    """weight + B A of a layer without a router, summed in float32 or better, and rounded once to
+    weight's dtype."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    A, B = (part.to(weight.device, dtype) for part in layer.lora())
+    return torch.addmm(weight.to(dtype), B, A).to(weight.dtype)
+
+
+def routed(model: nn.Module) -> bool:
+    """Whether any layer of a model still chooses among its experts by a router."""
+    return any(layer.router is not None for layer in expert_layers(model).values())
+
+
+def drop_routers(model: nn.Module) -> None:
+    """Let each layer of a model add all its experts with a gate of 1, as frozen ones do."""
+    for layer in expert_layers(model).values():
+        layer.router = layer.router_logits = None
 
 
 def packs_tokens(model: nn.Module) -> bool:

@@ -105,7 +105,9 @@ def supervised_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, lab
     hidden = model.model(input_ids=input_ids, attention_mask=attention_mask)
     hidden = getattr(hidden, "last_hidden_state", hidden).flatten(0, 1)          # (B * T, D)
     at, targets = (to_device(t, hidden.device) for t in (needed.flatten().nonzero()[:, 0], targets))
-    return head_losses(hidden.index_select(0, at), model.lm_head.weight, targets), rows
+    head = model.lm_head.weight
+    head = head if isinstance(head, Tensor) else head.dense()        # stored in another form
+    return head_losses(hidden.index_select(0, at), head, targets), rows
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -19,7 +19,14 @@ from ..io.files import inside, naming, read_json, replacing, sha256, write_json
 from ..io.hub import resolve
 from ..io.text import clean
 from ..method.allocate import Allocation
-from ..method.experts import adaptable, add_experts, expert_parameters, linear_layers
+from ..method.experts import (
+    adaptable,
+    add_experts,
+    drop_routers,
+    expert_parameters,
+    linear_layers,
+    routed,
+)
 from .config import MODULES, Config, renamed, text_part
 from .decoder import CausalLM, meta_model
 from .quantize import BlockLinear, BlockWeight, WideWeight, quantize
@@ -219,6 +226,7 @@ def save_adapter(model: nn.Module, folder: str | Path, allocation: Allocation,
         "fingerprint": getattr(model, "fingerprint", None),
         "stored_dtype": getattr(model, "stored_dtype", None),
         "base_bits": getattr(model, "base_bits", None), "tasks": list(tasks),
+        "routing": "dynamic" if routed(model) else "frozen",
         "allocation": allocation.to_json(), "versions": versions()})
 
 
@@ -244,17 +252,20 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
     allocation = replace(allocation, experts={
         renamed(name, own): E for name, E in allocation.experts.items()})
     layers = adaptable(model, allocation)
+    is_frozen = meta.get("routing") == "frozen"          # adapters of before were all dynamic
     shapes: dict[str, tuple[int, ...]] = {}
     for name, E in allocation.experts.items():
         (out, in_), r = layers[name].weight.shape, allocation.rank
         shapes |= {f"{name}.lora_A": (E, r, in_), f"{name}.lora_B": (E, r, out)}
-        if E > 1:
+        if E > 1 and not is_frozen:
             shapes[f"{name}.router"] = E, in_
     stored = {renamed(tensor.name, own): tensor for tensor in _tensors(file)}
     _check_fit(f"{file} does not fit", shapes, stored)
     if meta.get("sha256") != sha256(file):
         raise ValueError(f"{file} is damaged: its hash is not that of adapter.json")
     add_experts(model, allocation)       # after all checks: a refusal leaves the model unchanged
+    if is_frozen:
+        drop_routers(model)
     for name, parameter in expert_parameters(model).items():
         parameter.data.copy_(stored[name].content[:])
     return allocation

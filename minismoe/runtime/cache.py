@@ -38,15 +38,14 @@ class GraphCache:
     """The tokens that were read, and the values that a step reads and gives: keys and values grow
     by those of each step.
 
-    info: export.json; memory: kind and number of the device where keys and values stay; adapter:
-    {input of the graph: value}; T: tokens that a step reads at most; P: positions of the past at
-    first; in_place: whether a step writes keys and values into those of the past.
+    info: export.json; memory: kind and number of the device where keys and values stay; T: tokens
+    that a step reads at most; P: positions of the past at first; in_place: whether a step writes
+    keys and values into those of the past.
     """
 
     def __init__(self, session: ort.InferenceSession, info: Mapping[str, Any],
-                 memory: tuple[str, int], adapter: Mapping[str, Any], T: int, *,
-                 P: int = 0, in_place: bool = False):
-        self.session, self.memory, self.adapter, self.T, self.P = session, memory, adapter, T, P
+                 memory: tuple[str, int], T: int, *, P: int = 0, in_place: bool = False):
+        self.session, self.memory, self.T, self.P = session, memory, T, P
         self.tokens: list[int] = []
         inputs = {i.name: i for i in session.get_inputs()}
         self._has_positions = "position_ids" in inputs
@@ -58,8 +57,6 @@ class GraphCache:
         self._fed_back = {past: present for past, present in presents.items()
                           if not (in_place and past in keys)}
         self._io = io = session.io_binding()
-        for name, value in adapter.items():
-            io.bind_ortvalue_input(name, value)
         for name in ("logits", *self._fed_back.values()):
             io.bind_output(name)             # every step binds them again; here they become first
         self.past: dict[str, ort.OrtValue] = {}

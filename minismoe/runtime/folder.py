@@ -61,7 +61,6 @@ def _checks(info: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     yield "target", info["target"] in ("ort", "portable", "npu")
     yield "contract", info["contract"]["cache"] in CACHES and (
         info["contract"]["cache"] == "slots") == (info["target"] == "npu")
-    yield "adapters", isinstance(info.get("adapters") or {}, dict)
     yield "soc", type(info.get("soc", 0)) is int
     static = info.get("static") or []
     yield "static", not static or (len(static) == 3 and static[0] == 1)

@@ -13,16 +13,14 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import onnxruntime as ort
 
 from ..data.tokenizer import load_tokenizer
-from ..io.files import naming
 from ..io.process import give_back_memory, huge_page_ranges, use_huge_pages
 from .cache import FixedCache, GraphCache, SharedCache
 from .drafts import read_drafts
-from .folder import FLOAT, INT64, graph_of, plain_file, read_info
+from .folder import FLOAT, INT64, graph_of, read_info
 from .npu import NpuSteps, SlotCache
 from .providers import CPU, Device, find_device, nodes_by_provider, open_session
 
@@ -41,8 +39,6 @@ class CachedModel:
         self.info = read_info(self.folder, verify)
         self.static: list[int] | None = self.info.get("static")              # 1, T, P
         self.context: int = min([self.info["context"], *(self.static or [])[2:]])
-        self.tasks: dict[str, str] = self.info.get("adapters") or {}
-        self._adapters: dict[str | None, tuple[Any, dict[str, Any]]] = {None: (None, {})}
         # The decoder comes first: much of the memory that it takes to open is free afterwards, and
         # then the tokenizer takes it.
         self._open_decoder(provider, threads)
@@ -54,7 +50,7 @@ class CachedModel:
             raise ValueError(f"{self.folder}: drafts.json is of another model.onnx: export again")
         self.tokenizer = load_tokenizer(self.folder)
         give_back_memory()
-        self.use(None)
+        self.renew_cache()
 
     def _open_decoder(self, provider: str | None, threads: int | None) -> None:
         """Open the decoder, and decide what its cache is, where, and how much a step reads."""
@@ -83,28 +79,14 @@ class CachedModel:
         self.cache.cut(n)
 
     def close(self) -> None:
-        """Free the graph and its cache; another `session`, and then `use`, have to follow."""
+        """Free the graph and its cache; another `session` and `renew_cache` have to follow."""
         del self.session, self.cache
 
-    def use(self, task: str | None) -> None:
-        """Switch to the adapter of a task; None: the model without an adapter."""
-        if task is not None and task not in self.tasks:
-            raise ValueError(f"{self.folder} has no adapter {task!r}; present: "
-                             f"{', '.join(self.tasks) or 'none'}")
-        if task is not None and task not in self._adapters:
-            name = str(plain_file(self.folder, self.tasks[task]))
-            with naming(f"onnxruntime cannot open {task}'s adapter in {self.folder}", RuntimeError):
-                file = ort.AdapterFormat.read_adapter(name)
-            self._adapters[task] = file, file.get_parameters()           # in the file's memory
-        # Bound as graph inputs: onnxruntime's RunOptions take adapters only without binding.
-        self._adapter, self.task = self._adapters[task][1], task
-        self._renew_cache()
-
-    def _renew_cache(self) -> None:
+    def renew_cache(self) -> None:
+        """Take an empty cache in place of the one that is there, if any."""
         self.version += 1
         self.__dict__.pop("cache", None)     # first: a GPU may not hold both
-        self.cache = self._kind(self.session, self.info, self._memory, self._adapter,
-                                self._step_tokens)
+        self.cache = self._kind(self.session, self.info, self._memory, self._step_tokens)
 
     def reset(self) -> None:
         """Empty the cache. A generation that goes on raises RuntimeError at its next token."""
@@ -115,7 +97,7 @@ class CachedModel:
         if it cannot be cut, nothing."""
         self.version += 1
         if not self.cache.cut(len(os.path.commonprefix([self.cache.tokens, tokens]))):
-            self._renew_cache()
+            self.renew_cache()
 
     def prefill(self, prompt: Sequence[int]) -> tuple[ort.OrtValue, int]:
         """Read a prompt, from the first token that differs from what the cache holds; returns its

@@ -8,26 +8,43 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from statistics import fmean, median_low
+from statistics import fmean, median, median_low
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data.tasks import Example
-from ..io.progress import progress_bar
+from ..data.tasks import Example, collate
+from ..io.progress import print_above_bar, progress_bar
 from ..io.signals import Interrupted, waiting
 from ..io.text import duration
-from ..method.experts import balance_loss, expert_layers, expert_parameters, take_logits
+from ..method.experts import (
+    balance_loss,
+    drop_routers,
+    expert_layers,
+    expert_parameters,
+    routed,
+    take_logits,
+)
+from ..method.freeze import freeze
 from ..method.loss import IGNORE, head_losses, to_device
 from ..model.decoder import CausalLM
 from ..model.tokens import to_device_together
 from .evaluate import HalvingBatch, evaluating, supervised, token_scores
-from .plan import ENOUGH, TaskPlan, TrainConfig, by_task, plan_tasks, planned_batches
+from .plan import (
+    ENOUGH,
+    TaskPlan,
+    TrainConfig,
+    by_task,
+    lines_to_fit,
+    plan_tasks,
+    planned_batches,
+)
 from .resume import TrainingState, first_state, save_checkpoint
-from .schedule import default_lr, learning_rate
+from .schedule import default_lr, freezing_step, learning_rate
 
 MEASURES = 10                 # of validation lines in a run
 REMEDY = "try a lower --lr, or --dtype float32"
@@ -69,8 +86,13 @@ class Trainer:
             (plan.valid for plan in self.plans.values()), default=0) >= ENOUGH
         self.fitting, self.evaluating = HalvingBatch(cfg.micro, "training"), evaluating(cfg.micro)
         self.layers, self.device = expert_layers(model), model.lm_head.weight.device
-        self.parameters = {n: p for n, p in expert_parameters(model).items() if p.requires_grad}
         self.best: dict[str, Tensor] = {}
+        self.begin_optimizer()
+
+    def begin_optimizer(self) -> None:
+        """An optimizer of the experts that the model has now, without moments."""
+        self.parameters = {name: p for name, p in expert_parameters(self.model).items()
+                           if p.requires_grad}
         # With a smaller eps, an entry whose gradient is only rounding noise would move by the full
         # rate.
         self.optimizer = torch.optim.AdamW(
@@ -109,6 +131,19 @@ class Trainer:
             sums.append(torch.cat([sums_by_task, balance.detach()[None]]))
         return torch.stack(sums).sum(0)
 
+    def freeze(self, step: int, batches: Sequence[Sequence[Example]]) -> dict[str, Any]:
+        """Make each mixture a plain LoRA by the first lines of the batches; returns what
+        metrics.jsonl says of it. Gradients are several times as large without gates, so that
+        moments of before would make steps of several times the rate: the optimizer begins anew."""
+        lines = lines_to_fit(chain(*batches))
+        missed = freeze(self.model, collate(lines, self.pad_id), self.fitting.size)
+        self.begin_optimizer()
+        middle = round(median(missed.values()), 5)
+        print_above_bar(f"froze {len(missed)} mixtures after step {step} of {len(batches)}: the "
+                        f"median LoRA misses {middle:.1%} of what its mixture added to lines held "
+                        "out")
+        return {"frozen": len(missed), "missed": middle}
+
     def step(self, number: int, batch: Sequence[Example], lr: float) -> dict[str, Any]:
         """One step of the optimizer; returns its line of metrics.jsonl. Raises ArithmeticError, and
         changes nothing, if the loss or the norm of its gradient is not finite."""
@@ -142,13 +177,15 @@ class Trainer:
         task. `state` notes the best step, the later one of equals; `best` holds its experts.
 
         A task that is judged by answers does as well as the share of right ones; another as the
-        likelihood of a token, exp(-loss). The best step has the best mean over tasks.
+        likelihood of a token, exp(-loss). The best step has the best mean over tasks. Mixtures that
+        are yet to be frozen are no candidates.
         """
         scores = {task: self.evaluating(partial(token_scores, self.model, lines, self.pad_id))
                   for task, lines in self.valid.items()}
         merit = fmean(found.lines / len(self.valid[task]) if self.plans[task].judged == "answers"
                       else math.exp(-found.loss) for task, found in scores.items())
-        if merit >= state["best"]:
+        ships = self.cfg.routing == "dynamic" or not routed(self.model)
+        if ships and merit >= state["best"]:
             state |= {"best": merit, "best_step": step}
             if self.chooses:
                 self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -167,6 +204,9 @@ class Trainer:
         """The state to begin with, whose tensors are taken over; see `first_state`. metrics.jsonl
         ends with its step; of experts that are `continued`, it has measures at step 0."""
         state, tensors = first_state(run, len(batches), self.parameters, resume)
+        if state["frozen"]:
+            drop_routers(self.model)         # the checkpoint holds none
+            self.begin_optimizer()
         metrics, line = run / "metrics.jsonl", ""
         if state["step"]:
             os.truncate(metrics, state["metrics"])
@@ -217,7 +257,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
           resume: bool = False, valid: Sequence[Example] = (), continued: bool = False,
           ) -> dict[str, Any]:
     """Train the experts of `model` in place; returns steps, tokens, seconds, last loss, and which
-    step is kept.
+    step is kept, and after which step mixtures became plain LoRAs, if they did.
 
     Writes run/checkpoint.safetensors and run/metrics.jsonl. Experts that were trained before
     (continued) are measured first, as they may be the best. Raises Interrupted after a signal, once
@@ -226,8 +266,11 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     cfg, plans = with_rate(cfg, model), plan_tasks(examples, valid, cfg)
     batches, peak = planned_batches(examples, plans, cfg), cfg.lr or 0.0
     trainer = Trainer(model, cfg, pad_id, valid, plans)
+    steps, every = len(batches), math.ceil(len(batches) / MEASURES)
+    freezes = cfg.routing == "frozen" and routed(model)
+    freeze_at = freezing_step(steps, plans) if freezes else None
     state = trainer.begin(run, batches, resume, continued)
-    steps, first, every = len(batches), state["step"], math.ceil(len(batches) / MEASURES)
+    first = state["step"]
     trainer.announce(batches, first)
     with ((run / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as metrics,
           progress_bar(range(first, steps), "train", steps, unit="step", initial=first,
@@ -235,8 +278,10 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
           waiting() as signals):
         begun, note = time.perf_counter() - state["seconds"], ""
         for step in bar:
-            lr, done = learning_rate(step, steps, peak), step + 1
-            line = trainer.step(step, batches[step], lr)
+            froze = trainer.freeze(step, batches) if step == freeze_at else {}
+            since = 0 if freeze_at is None or step < freeze_at else freeze_at
+            lr, done = learning_rate(step, steps, peak, since), step + 1
+            line = trainer.step(step, batches[step], lr) | froze
             if valid and (done % every == 0 or done == steps):
                 line |= trainer.validate(done, state)
                 note = f", validation {line['valid_loss']:.3f}"
@@ -244,7 +289,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             metrics.flush()
             state |= {"step": done, "tokens": state["tokens"] + line["tokens"],
                       "seconds": time.perf_counter() - begun, "loss": line["loss"],
-                      "metrics": os.fstat(metrics.fileno()).st_size}
+                      "frozen": not routed(model), "metrics": os.fstat(metrics.fileno()).st_size}
             if done % cfg.checkpoint_every == 0 or done == steps or signals:
                 os.fsync(metrics.fileno())           # a checkpoint counts on the lines before it
                 save_checkpoint(run, trainer.tensors(), state)
@@ -255,5 +300,5 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
         if signals:                                  # one may come after the last step, too
             raise Interrupted(f"saved after step {state['step']} of {steps}", signals[0])
     trainer.finish()
-    return {**{k: state[k] for k in ("step", "tokens", "seconds", "loss")},
+    return {**{k: state[k] for k in ("step", "tokens", "seconds", "loss")}, "frozen": freeze_at,
             "choice": trainer.choice(state, steps)}

@@ -3,9 +3,9 @@ and how they are judged. Each task's plan follows from its own lines alone."""
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from statistics import fmean
 
 from ..data.tasks import Example, bucket
@@ -17,6 +17,7 @@ PASSES, LEAST_PASSES, OPEN_PASSES = 120, 3, 2         # see `plan_tasks`
 ENOUGH = 50                       # validation lines of a task that can tell steps apart
 MOST_PROMPT, PROMPT_SHARE = 0.2, 3.0         # see `prompt_weight`
 MOST_SMOOTHING, SMOOTHED = 0.1, 1.0          # see `smoothing`
+FITTED, FITTED_TOKENS = 256, 8192            # see `lines_to_fit`
 CLOSED, OPEN = 0.3, 0.45          # shares of new words in answers: see `plan_tasks`
 
 
@@ -32,6 +33,10 @@ class TrainConfig:
         False, "activation checkpointing: about a third slower, far less memory for long examples")
     lr: float | None = flag(None, "peak learning rate, after a warm-up; a cosine takes it to 0 "
                             "(default: it follows the size of the base's weights)", flags.number)
+    routing: str = flag(
+        "frozen", "frozen (default): after a part of the steps, the mixture of each matrix becomes "
+        "one plain LoRA, which an export merges; dynamic: routers to the end, which an export "
+        "keeps, or freezes at a loss", choices=("frozen", "dynamic"))
     seed: int = 0
     # Without a flag:
     micro_batch_size: int | None = None  # examples computed at once; None: batch_size
@@ -133,6 +138,18 @@ def planned_batches(examples: Sequence[Example], plans: Mapping[str, TaskPlan], 
         [line for stream in streams for line in stream[len(stream) * part // parts:
                                                        len(stream) * (part + 1) // parts]],
         cfg.batch_size, cfg.seed * 1000 + part)]
+
+
+def lines_to_fit(lines: Iterable[Example]) -> list[Example]:
+    """The first lines, FITTED of them or FITTED_TOKENS tokens at most, but two in any case: those
+    that mixtures are fitted to when they become plain LoRAs."""
+    chosen, tokens = list[Example](), 0
+    for line in islice(lines, FITTED):
+        tokens += len(line.ids)
+        if tokens > FITTED_TOKENS and len(chosen) > 1:
+            break
+        chosen.append(line)
+    return chosen
 
 
 def plan_table(plans: Mapping[str, TaskPlan]) -> str:

@@ -28,6 +28,7 @@ class TrainingState(TypedDict):
     seconds: float           # that they took
     loss: float              # of the last one; nan before
     metrics: int             # bytes of metrics.jsonl
+    frozen: bool             # whether mixtures are plain LoRAs by now
     best: float              # what `Trainer.validate` found at ...
     best_step: int           # ... the best step
 
@@ -53,7 +54,7 @@ def first_state(run: Path, steps: int, parameters: Mapping[str, Tensor],
         file.unlink(missing_ok=True)
     if not file.exists():
         return TrainingState(step=0, steps=steps, tokens=0, seconds=0.0, loss=math.nan, metrics=0,
-                             best=-math.inf, best_step=0), {}
+                             frozen=False, best=-math.inf, best_step=0), {}
     try:
         with safe_open(file, "pt") as saved:
             state: TrainingState = json.loads(saved.metadata()["state"])
@@ -63,7 +64,8 @@ def first_state(run: Path, steps: int, parameters: Mapping[str, Tensor],
                          "step on") from None
     trained = {name.removesuffix("/value"): tensor.shape for name, tensor in tensors.items()
                if name.endswith("/value")}
-    experts = {name: parameter.shape for name, parameter in parameters.items()}
+    experts = {name: parameter.shape for name, parameter in parameters.items()
+               if not (state["frozen"] and name.endswith(".router"))}
     if trained != experts or state["steps"] != steps:
         raise ValueError(f"{file} was trained on other experts or for another number of steps: "
                          "another allocation, other lines, batches or passes")

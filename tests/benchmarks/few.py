@@ -82,7 +82,7 @@ def run(cell: Cell, model: str, data: Path, ship: bool, keep: Path | None) -> di
             "loss": {name: task["loss"]["after"] for name, task in results["tasks"].items()}}
         if ship:
             script("export.py", f"{work}/run", "--limit-test", "100000", "--out", f"{work}/out")
-            (checked,) = read_json(Path(work) / "out" / "export.json")["checked"].values()
+            checked = read_json(Path(work) / "out" / "export.json")["checked"]
             line["shipped"] = {name: [*steps.values()][-1]       # trained, and what ships
                                for name, steps in checked["exact_match"].items()}
     return line

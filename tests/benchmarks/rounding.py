@@ -3,13 +3,13 @@
     python tests/benchmarks/rounding.py RUN RUN RUN --lines 200
     python tests/benchmarks/rounding.py --table
 
-Each run is frozen and rounded in each of the ways below, and each graph reads test lines with their
-right answers in onnxruntime. The record is tests/benchmarks/results/rounding.jsonl, a line a run
-and way, with means over lines, and the difference from the first way with its 95 % interval:
+Each run is rounded in each of the ways below, and each graph reads test lines with their right
+answers in onnxruntime. The record is tests/benchmarks/results/rounding.jsonl, a line a run and way,
+with means over lines, and the difference from the first way with its 95 % interval:
 
     exact       lines of whose answer each token is the likeliest, %: greedy decoding writes it
     NLL         negative log-likelihood of the right answer, nats a line
-    KL          from the trained mixture, in float32, to the graph, over the answer, nats a line
+    KL          from the trained model, in float32, to the graph, over the answer, nats a line
 
 A run that has its lines in the record is left out.
 """
@@ -38,7 +38,7 @@ from minismoe.export.calibration import shuffled_samples
 from minismoe.export.check import logits
 from minismoe.export.plan import resolved
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.export.ship import Part, ship
+from minismoe.export.ship import Part, in_float32, ship
 from minismoe.io.files import write_json
 from minismoe.io.text import table
 from minismoe.model.checkpoint import load_adapter, load_model
@@ -60,8 +60,8 @@ COLUMNS = ("exact", "NLL", "KL")
 Line = tuple[float, float, float]
 
 
-def mixture_of(source: Source) -> Any:
-    """The routed mixture of a run, in float32."""
+def as_trained(source: Source) -> Any:
+    """A run as it was trained, in float32, with its routers if it has some."""
     model = load_model(source.base)
     load_adapter(model, source.run / "adapter")
     return model
@@ -106,7 +106,7 @@ def parts_of(run: Path, source: Source, ways: Sequence[str]) -> list[Part]:
     usual, calibration.EVEN = calibration.EVEN, even
     try:
         few = {task: examples[:lines] for task, examples in samples.items()}
-        return [ship(config, source, mixture_of(source), few) for config in configs]
+        return [ship(config, source, in_float32(source), few) for config in configs]
     finally:
         calibration.EVEN = usual
 
@@ -115,7 +115,7 @@ def record_run(run: Path, lines: int) -> None:
     """Measure a run in all ways."""
     source = export.load_run(ExportConfig(run=str(run), limit_test=lines))
     with torch.no_grad():
-        trained = predictions(mixture_of(source), source, lines)
+        trained = predictions(as_trained(source), source, lines)
     of_ways = dict[str, tuple[list[Line], float]]()
     for _, group in groupby(WAYS, lambda way: WAYS[way][1:]):
         for way, part in zip(ways := [*group], parts_of(run, source, ways)):

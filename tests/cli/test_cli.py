@@ -61,7 +61,11 @@ def test_train_end_to_end(inputs, tmp_path, succeed, fails) -> None:
     assert results["format"] == "minismoe.results/1" and results["metric"] == "exact_match"
     assert results["experts"] == sum(allocation["experts"].values())
     assert results["trainable_parameters"] == allocation["trainable_parameters"]
-    assert results["trainable_parameters"] == sum(t.numel() for t in adapter.values())
+    mixtures = [t for name, t in adapter.items() if name.endswith(".lora_A") and len(t) > 1]
+    routers = sum(len(A) * A.shape[2] for A in mixtures)         # they were trained, and are gone
+    assert results["trainable_parameters"] == routers + sum(t.numel() for t in adapter.values())
+    assert f"froze {len(mixtures)} mixtures after step 6 of 7: the median LoRA misses" in out
+    assert read_json(out_dir / "adapter" / "adapter.json")["routing"] == "frozen" and mixtures
     assert {n: t["examples"] for n, t in results["tasks"].items()} == {"sum": 3, "upper": 6}
     shown = [len(of_task["samples"]) for of_task in read_json(out_dir / "after.json").values()]
     assert sorted(shown) == [2, 3]                       # five of all tasks
@@ -132,20 +136,24 @@ def test_the_seed_draws_the_experts(inputs) -> None:
 
 @pytest.mark.parametrize("bare", [False, True])
 def test_train_takes_an_allocation_as_it_is(inputs, tmp_path, succeed, bare) -> None:
+    """Only routers to the end are kept."""
     experts = {"model.layers.1.mlp.up_proj": 3, "model.layers.0.self_attn.q_proj": 1}
     value = experts if bare else {"format": "minismoe.allocation/1", "rank": 2, "alpha": 5,
                                   "top_k": 3, "strategy": "mine", "experts": experts}
     succeed(train.main, *inputs, "--allocation", allocation_file(tmp_path, value), "--out",
-            tmp_path / "run", "--epochs", "1", "--rank", "3")
+            tmp_path / "run", "--epochs", "1", "--rank", "3",
+            *(["--routing", "dynamic"] if bare else []))
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
     rank = 3 if bare else 2
     assert {n: tuple(t.shape) for n, t in adapter.items()} == {
         "model.layers.1.mlp.up_proj.lora_A": (3, rank, 32),
         "model.layers.1.mlp.up_proj.lora_B": (3, rank, 48),
-        "model.layers.1.mlp.up_proj.router": (3, 32),
+        **({"model.layers.1.mlp.up_proj.router": (3, 32)} if bare else {}),
         "model.layers.0.self_attn.q_proj.lora_A": (1, rank, 32),
         "model.layers.0.self_attn.q_proj.lora_B": (1, rank, 32)}
-    saved = read_json(tmp_path / "run" / "adapter" / "adapter.json")["allocation"]
+    meta = read_json(tmp_path / "run" / "adapter" / "adapter.json")
+    saved = meta["allocation"]
+    assert meta["routing"] == ("dynamic" if bare else "frozen")
     assert (saved["alpha"], saved["top_k"], saved["strategy"]) == (
         (6, 2, "custom") if bare else (5, 3, "mine"))
 

@@ -19,8 +19,7 @@ import onnx
 import onnx.numpy_helper
 import pytest
 import torch
-from exported import ship
-from mixture import merge
+from exported import answer_of, ship
 from safetensors.torch import load_file, save_file
 from tiny import edit_tensors, randomise, save_bytes_model, write_lines
 
@@ -39,8 +38,7 @@ from minismoe.export.ship import sharing_copy
 from minismoe.io import progress
 from minismoe.io.files import read_json, write_json
 from minismoe.method.allocate import Allocation
-from minismoe.method.experts import add_experts, expert_layers, linear_layers
-from minismoe.method.freeze import Fit
+from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
 from minismoe.model.decoder import CausalLM
 from minismoe.model.quantize import BlockLinear
@@ -52,18 +50,30 @@ from minismoe.training.evaluate import generate
 PROMPT = [256, *b"User: say 3\nAssistant:"]
 
 
+def trained(root: Path, *flags: str) -> Path:
+    """A run of train.py on the model and the data of a folder."""
+    train.main(["--model", str(root / "model"), "--data", str(root / "data"), "--strategy",
+                "uniform", "--budget-params", "5600", "--rank", "2", "--epochs", "4", "--lr",
+                "0.02", "--batch-size", "16", "--seed", "1", *flags])
+    return Path(flags[-1])
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with two experts on each matrix of a random byte-level model, for two tasks."""
+    """A run with two experts on each matrix of a random byte-level model, for two tasks, whose
+    routing was frozen while it was trained."""
     root = tmp_path_factory.mktemp("export")
     save_bytes_model(root / "model", head_dim=16, max_position_embeddings=128)
     for name, answer in (("number", "N{}"), ("twice", "{0} {0}")):
         write_lines(root / "data" / f"{name}.jsonl",
                     ((f"say {i}", answer.format(i)) for i in range(45)))
-    train.main(["--model", str(root / "model"), "--data", str(root / "data"), "--strategy",
-                "uniform", "--budget-params", "5600", "--rank", "2", "--epochs", "4", "--lr",
-                "0.02", "--batch-size", "16", "--out", str(root / "run"), "--seed", "1"])
-    return root / "run"
+    return trained(root, "--out", str(root / "run"))
+
+
+@pytest.fixture(scope="module")
+def routed_run(run: Path) -> Path:
+    """The same, with routers to the end."""
+    return trained(run.parent, "--routing", "dynamic", "--out", str(run.with_name("routed")))
 
 
 def copied(run: Path, folder: Path, **arguments: object) -> Path:
@@ -87,53 +97,33 @@ def in_bfloat16(run: Path, folder: Path) -> Path:
     return other
 
 
-def of_single_experts(run: Path, folder: Path) -> Path:
-    """A copy of a run with one expert, and no router, on each matrix."""
-    model, other = load_model(run.parent / "model"), copied(run, folder)
-    allocation = Allocation(dict.fromkeys(linear_layers(model), 1), rank=2)
-    shutil.rmtree(other / "adapter")
-    save_adapter(randomise(add_experts(model, allocation)), other / "adapter", allocation,
-                 ["number", "twice"])
-    return other
-
-
-def frozen_of(run: Path, folder: Path, *flags: str) -> dict[str, Fit]:
-    """The linear maps of a run's mixtures, as layout peft holds them."""
-    ship(folder, run, "--layout peft", *flags)
-    tensors, start = load_file(folder / "adapter_model.safetensors"), "base_model.model."
-    names = {key.removeprefix(start).partition(".lora_")[0] for key in tensors}
-    return {name: Fit(*(tensors[f"{start}{name}.lora_{part}.weight"] for part in "AB"))
-            for name in names}
-
-
 @pytest.mark.parametrize("flags", [
-    "", "--routing dynamic", "--routing freeze --task twice", "--precision fp16",
+    "", "ROUTED", "ROUTED --routing dynamic", "--routing freeze", "--precision fp16",
     "--precision int4 --block 128 --prompts", "--static 1x1x64 --target portable",
-    "--adapters --target portable --precision int4", "--layout genai --adapters --precision int8",
-    "--layout genai --target portable", "--layout web --precision int4",
-    "--layout peft --routing freeze", "--layout hf"])
-def test_every_way_out(run: Path, tmp_path: Path, flags: str,
+    "--layout genai --precision int8", "--layout genai --target portable",
+    "--layout web --precision int4", "--layout peft --routing freeze", "ROUTED --layout peft",
+    "--layout hf"])
+def test_every_way_out(run: Path, routed_run: Path, tmp_path: Path, flags: str,
                        capsys: pytest.CaptureFixture[str]) -> None:
-    """Each passes its own check against PyTorch, and says what it holds."""
-    out, args = tmp_path / "out", flags.split()
+    """Each passes its own check against PyTorch, and says what it holds. Mixtures are frozen here
+    only if they were trained with routers to the end, and these do not ship."""
+    made = routed_run if "ROUTED" in flags else run
+    out, args = tmp_path / "out", flags.replace("ROUTED", "").split()
     if "--prompts" in args:
         (tmp_path / "lines").write_text("say 5\nsay 77\nsing\n\nwhat?\nsay 6\nsay 1\n")
         args += [str(tmp_path / "lines")]
-    if flags and not {"--precision", "peft", "hf"} & set(args):
+    if not {"--precision", "peft", "hf"} & set(args) and flags:
         args += ["--precision", "fp32"]
-    info = ship(out, run, *args)
-    freezes, said = args[:2] != ["--routing", "dynamic"], capsys.readouterr().out
-    assert ("median residual" in said) == freezes
-    if "--adapters" in args:             # each is compared, and in few bits without their rounding
-        assert info["checked"].keys() == {"", "number", "twice"}
-        assert all(seen["graph_error"] < 1e-5 for seen in info["checked"].values())
-        assert said.count(": computes its weights within ") == 3
+    info = ship(out, made, *args)
+    lost = re.findall(r"froze 14 mixtures, which were trained with their routers: the median LoRA "
+                      r"misses \d+\.\d% of", capsys.readouterr().out)
+    assert len(lost) == (made == routed_run and "dynamic" not in args)
     for file in out.rglob("model*.onnx"):
         graph = onnx.load(file, load_external_data=False).graph
         blocks = {node.op_type for node in graph.node} & {"MatMulNBits", "DequantizeLinear"}
         assert bool(blocks) == info["arguments"]["precision"].startswith("int")
         stored = [t.name for t in graph.initializer if ".lora_A" in t.name]
-        assert bool(stored) == bool({"freeze", "dynamic", "--adapters"} & set(args))
+        assert bool(stored) == bool({"freeze", "dynamic"} & set(args))
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert files == {*info["files"], "export.json"}
     assert ("tasks.json" in files) == bool([*out.rglob("model*.onnx")])
@@ -150,15 +140,37 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str,
         if args[1] != "genai":
             return
     read_info(out, verify=True)
-    if info["precision"] == "fp32" and not {"--adapters", "--prompts"} & set(args):
+    if info["precision"] == "fp32" and not lost and "--prompts" not in args:
         model = load_model(run.parent / "model")
-        load_adapter(model, run / "adapter")
-        if freezes:
-            task = info["arguments"]["task"]
-            merge(model, frozen_of(run, tmp_path / "peft", f"--task {task}" if task else ""))
+        load_adapter(model, made / "adapter")
         (expected,) = generate(model, [PROMPT], 20, [257])
         assert len(expected) > 3
         assert list(Generator(out, threads=1).generate(PROMPT, 20)) == expected
+
+
+def test_a_run_is_judged_as_it_ships(run: Path, tmp_path: Path) -> None:
+    """What a run says of its answers is said of the frozen model, so that an export in floats
+    answers the same, wrong answers included."""
+    info, generator = ship(tmp_path / "out", run, "--precision fp32"), Generator(tmp_path / "out")
+    results, after = (read_json(run / f"{name}.json") for name in ("results", "after"))
+    for task, judged in after.items():
+        count = len(judged["right"])
+        assert info["checked"]["exact_match"][task]["fp32"] == pytest.approx(
+            sum(judged["right"]) / count, abs=1e-4)
+        assert results["tasks"][task]["after"] == round(sum(judged["right"]) / count, 4)
+        assert judged["wrong"]
+        for line in judged["wrong"]:
+            asked = [{"role": "user", "content": line["prompt"]}]
+            assert answer_of(generator, asked, 20).startswith(line["given"].strip())
+
+
+def test_routers_that_training_froze_are_not_exported(
+        run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "ship", lambda *_: pytest.fail("it was rounded"))
+    with pytest.raises(ValueError, match=f"{run} has no routers, as its routing was frozen while "
+                       "it was trained: leave out --routing dynamic, or train with --routing dyn"):
+        ship(tmp_path / "out", run, "--routing dynamic")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_every_long_stage_counts_to_its_end(run: Path, tmp_path: Path,
@@ -174,8 +186,8 @@ def test_every_long_stage_counts_to_its_end(run: Path, tmp_path: Path,
         if found := counts.match(line):
             seen[f"{found[1]}, {found[3]}"] = found[2]               # at last
     assert seen == {
-        "probe, sample": "8/8", "evaluate before, line": "6/6", "train, step": "11/11",
-        "evaluate after, line": "6/6", "freeze and round, layer": "2/2",
+        "probe, sample": "64/64", "evaluate before, line": "6/6", "train, step": "11/11",
+        "evaluate after, line": "6/6", "round, layer": "2/2",
         "evaluate number, line": "3/3", "evaluate twice, line": "3/3"}
 
 
@@ -186,7 +198,7 @@ def test_drafts_ship_if_they_save_steps(run: Path, tmp_path: Path, pays: bool, m
     monkeypatch.setattr(check, "PAYS", 1.0 if pays else 0.0)
     info = ship(tmp_path / "out", run, "--precision fp32")
     assert ("drafts.json" in info["files"]) == pays == ("drafts" in info["contract"])
-    assert "drafts" not in info["checked"][""]
+    assert "drafts" not in info["checked"]
     generator = Generator(tmp_path / "out", threads=1)
     assert bool(generator.drafts) == pays
     if pays:
@@ -233,7 +245,7 @@ def test_an_npu_folder(run: Path, tmp_path: Path, flags: str,
     info = read_info(out, verify=True)
     assert info["static"] == ([1, 8, 64] if "--static" in args else [1, 64, 128])
     assert info["precision"] == (args[1] if "--precision" in args else "w8a16")
-    seen = info["checked"][""]
+    seen = info["checked"]
     assert seen["graph_error"] < 0.02 and set(seen["exact_match"]) == {"number", "twice"}
     assert ("providers" in seen) == ("--provider" in args)
     compared = seen.get("providers", {}).get("cpu", {"texts": 1, "texts_equal": 1})
@@ -244,12 +256,9 @@ def test_an_npu_folder(run: Path, tmp_path: Path, flags: str,
 
 
 def test_auto_takes_those_providers_that_say_what_the_cpu_says() -> None:
-    """With each adapter."""
-    def seen(**equal: int) -> dict[str, Any]:
-        return {"providers": {name: {"texts": 8, "texts_equal": n} for name, n in equal.items()}}
-
-    checked = {"a": seen(webgpu=8, cuda=7, mlx=8), "b": seen(webgpu=8, cuda=8, mlx=7)}
-    assert write.same_texts(["cuda", "mlx", "webgpu"], checked) == ["webgpu"]
+    checked = {"providers": {name: {"texts": 8, "texts_equal": equal} for name, equal in (
+        ("webgpu", 8), ("cuda", 7))}}
+    assert write.same_texts(["cuda", "webgpu"], checked) == ["webgpu"]
 
 
 def test_a_folder_knows_answers_and_instructions(run: Path, tmp_path: Path) -> None:
@@ -264,9 +273,6 @@ def test_a_folder_knows_answers_and_instructions(run: Path, tmp_path: Path) -> N
     assert known_tasks(tmp_path / "out") == {
         "number": {"choices": ["N0", "N1", "N2", "N3", "N4"], "instruction": "Say it.\nNow:\n"},
         "twice": {"choices": [], "instruction": ""}}
-    info = ship(tmp_path / "one", few, "--task number --precision fp32")
-    assert known_tasks(tmp_path / "one").keys() == {"number"} == {
-        *info["checked"]["number"]["exact_match"]}
 
 
 def test_a_merged_folder_tells_no_path_and_takes_no_adapter(run: Path, tmp_path: Path) -> None:
@@ -301,7 +307,7 @@ def test_other_data_than_in_training_are_told(run: Path, tmp_path: Path, capsys)
 
 def test_a_place_that_cannot_be_written_is_seen_before_the_work(
         run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "ship", lambda *_: pytest.fail("it was frozen"))
+    monkeypatch.setattr(write, "ship", lambda *_: pytest.fail("it was rounded"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for place, flags, error, says in (
@@ -314,28 +320,11 @@ def test_a_place_that_cannot_be_written_is_seen_before_the_work(
     assert (tmp_path / "file").read_text() == "mine" and len([*tmp_path.iterdir()]) == 2
 
 
-def test_the_command_for_genai_takes_an_adapter(run: Path, tmp_path: Path, capsys) -> None:
-    """Its lines run as they are printed; without them, the base alone would answer."""
-    og, out = pytest.importorskip("onnxruntime_genai"), tmp_path / "out"
-    ship(out, run, "--layout genai --adapters --precision fp32")
-    *_, opened, adapters, loaded, use = capsys.readouterr().out.splitlines()
-    names: dict[str, Any] = {"onnxruntime_genai": og}
-    exec("\n".join((opened, adapters, loaded)), names)
-    names["generator"] = generator = og.Generator(names["model"], og.GeneratorParams(
-        names["model"]))
-    exec(use, names)
-    generator.append_tokens(PROMPT)
-    ours = Generator(out, threads=1)
-    ours.use("number")
-    wanted = torch.from_dlpack(next(ours.forced(PROMPT, [])))[0, -1]
-    torch.testing.assert_close(torch.tensor(generator.get_logits()).flatten(), wanted)
-
-
 def test_the_path_of_a_web_folder_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     source: Any = SimpleNamespace(tasks=[])
     assert repr(str(tmp_path / "out")) in export.next_commands(
-        ExportConfig(layout="web"), source, Path("out"), {})
+        ExportConfig(layout="web"), source, Path("out"))
 
 
 def test_activations_are_not_rounded_without_texts(run: Path, tmp_path: Path) -> None:
@@ -356,8 +345,8 @@ def test_the_newest_run_is_taken_and_named(run: Path, tmp_path: Path, monkeypatc
         shutil.copytree(run, tmp_path / "runs" / name)
         for file in "config.json", "adapter/adapter.json":
             os.utime(tmp_path / "runs" / name / file, (9 - age, 9 - age))
-    with pytest.raises(ValueError, match="has no task"):
-        export.main(["--task", "none"])
+    with pytest.raises(ValueError, match="has no routers"):
+        export.main(["--routing", "dynamic"])
     assert capsys.readouterr().out.startswith("exports runs/mine\n")
     for name in ("mine", "a", "z"):
         shutil.rmtree(tmp_path / "runs" / name / "adapter")
@@ -472,21 +461,23 @@ def test_a_static_graph_is_checked_as_far_as_its_past_reaches(run: Path, tmp_pat
     assert least >= len(PROMPT) + 16
     assert ship(tmp_path / "out", *flags, f"1x16x{least}")["checked"]    # room for one token alone
     capsys.readouterr()
-    assert ship(tmp_path / "a", *flags, "1x8x40")["checked"][""]["exact_match"] == {}
+    assert ship(tmp_path / "a", *flags, "1x8x40")["checked"]["exact_match"] == {}
     assert capsys.readouterr().out.count("no exact match, as an answer may have") == 2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_an_export_is_measured_beside_the_model_as_it_was_trained(
-        run: Path, tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+        routed_run: Path, tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str],
+        ) -> None:
     """Test lines have the answers of mixtures that no linear map follows, whatever its bits."""
-    allocation = load_adapter(model := load_model(run.parent / "model"), run / "adapter")
+    base = routed_run.parent
+    allocation = load_adapter(model := load_model(base / "model"), routed_run / "adapter")
     for layer in expert_layers(randomise(model, 1)).values():
         layer.lora_B.data *= 3
         layer.router.data *= 10                          # nearly one expert a token
-    other = copied(run, tmp_path / "run", data=str(tmp_path / "data"))
+    other = copied(routed_run, tmp_path / "run", data=str(tmp_path / "data"))
     save_adapter(model, other / "adapter", allocation, ["number", "twice"])
-    tokenizer = load_tokenizer(run.parent / "model")
+    tokenizer = load_tokenizer(base / "model")
     prompts = {f"say {i}": tokenizer.encode(tokenizer.render(
         [{"role": "user", "content": f"say {i}"}], True))[0] for i in range(50, 90)}
     answers = [tokenizer.decode(ids).strip() if len(ids) < 12 else "" for ids in generate(
@@ -494,15 +485,14 @@ def test_an_export_is_measured_beside_the_model_as_it_was_trained(
     for name in ("number", "twice"):
         folder = tmp_path / "data" / name
         write_lines(folder / "test.jsonl", ((p, a) for p, a in zip(prompts, answers) if a))
-        shutil.copy(run.parent / "data" / f"{name}.jsonl", folder / "train.jsonl")
-    checked = ship(tmp_path / "out", other, "--dtype float32 --precision", precision)[
-        "checked"][""]
-    assert checked["graph_error"] < 1e-4 and checked["texts_equal"] < checked["texts"]
+        shutil.copy(base / "data" / f"{name}.jsonl", folder / "train.jsonl")
+    checked = ship(tmp_path / "out", other, "--dtype float32 --precision", precision)["checked"]
+    assert checked["graph_error"] < 1e-4
     said, warned = capsys.readouterr()
     assert "This is more than chance explains. Right answers: trained " in warned
-    assert ("Most are lost where the model is merged: keep the mixtures (--layout onnx --routing "
-            "dynamic)") in warned
-    names = ["trained", *["merged"] * (precision == "int8"), precision]
+    assert ("Most are lost where the model is frozen: train with --routing frozen, or export with "
+            "--routing dynamic") in warned
+    names = ["trained", "frozen", precision]
     assert re.search(f"exact match +{' +'.join(names)}", said)
     for shares in checked["exact_match"].values():
         assert [*shares] == names and shares["trained"] == 1 > max([*shares.values()][1:])
@@ -522,7 +512,7 @@ def test_what_float16_does_not_hold_is_refused_before_the_work(
     if not ends:
         ship(tmp_path / "out", *args)
         return
-    monkeypatch.setattr(write, "ship", lambda *_: pytest.fail("it was frozen"))
+    monkeypatch.setattr(write, "ship", lambda *_: pytest.fail("it was rounded"))
     with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj reads or writes .*e\+.*65504"):
         ship(tmp_path / "out", *args)
 
@@ -568,12 +558,11 @@ def test_a_browser_gets_one_graph_for_wasm_and_one_for_webgpu(
     info = ship(tmp_path / "web", run, "--layout web")
     said = capsys.readouterr().out
     assert "writes q4f16 in blocks of 32; --precision" in said and "writes q8; --precision" in said
-    assert said.count("median residual") == 1                # both graphs share one freezing
     assert f"python -m minismoe.runtime {tmp_path / 'web'} --serve" in said
     assert info["precision"] == "q8" and "index.html" in info["files"]
     other = info["other_graph"]
     assert (info["arguments"]["precision"], other["arguments"]["precision"]) == ("q8", "q4f16")
-    assert other["checked"][""]["logits_error"] != info["checked"][""]["logits_error"]
+    assert other["checked"]["logits_error"] != info["checked"]["logits_error"]
     assert {f"onnx/model_{name}.onnx_data" for name in ("quantized", "q4f16")} <= {*info["files"]}
     assert known_tasks(tmp_path / "web").keys() == {"number", "twice"}
     assert read_info(tmp_path / "web", verify=True)["cache_type"] == "float16"   # of q4f16
@@ -616,14 +605,17 @@ def in_weights(change: Callable[[Path], Any]) -> Callable[[pytest.MonkeyPatch], 
     return broken
 
 
-def in_freezing(patch: pytest.MonkeyPatch) -> None:
-    """Single experts of a layer that are lost as they are made a linear map, which they are."""
-    make = shipping.no_fits
+def in_placing(patch: pytest.MonkeyPatch) -> None:
+    """Experts of a layer that are lost where they should be merged."""
+    place = shipping.place
 
-    def lost(*args: Any) -> Any:
-        return {task: {name: replace(fit, lora_B=0 * fit.lora_B) if "layers.1." in name else fit
-                       for name, fit in fits.items()} for task, fits in make(*args).items()}
-    patch.setattr(shipping, "no_fits", lost)
+    def lost(part: Any, names: list[str]) -> None:
+        for name in names:
+            layer = part.shipped.get_submodule(name)
+            if "layers.1." in name and isinstance(layer, ExpertLinear):
+                layer.lora_B = torch.nn.Parameter(0 * layer.lora_B)
+        place(part, names)
+    patch.setattr(shipping, "place", lost)
 
 
 def other_norm(model: CausalLM) -> CausalLM:
@@ -674,20 +666,20 @@ def without_a_target(folder: Path) -> None:
 STORED, OFF = "with the weights that it stores", "PyTorch computes: its logits are off by"
 BROKEN: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [
     *((in_graph(other_norm), flags, STORED) for flags in (
-        "--precision fp32", "--precision int4", "--precision fp16", "--target portable --adapters",
-        "--precision fp16 --routing dynamic", "--target npu")),
-    *((in_graph(without_experts_of_q), f"--precision {precision} {flags}",
+        "--precision fp32", "--precision int4", "--precision fp16", "--target portable",
+        "ROUTED --precision fp16 --routing dynamic", "--target npu")),
+    *((in_graph(without_experts_of_q), f"{flags} --precision {precision}",
        f"{STORED}: .* explains 0.0001") for precision in ("int4", "int8") for flags in (
-           "--routing dynamic", "--routing freeze --target portable")),
+           "ROUTED --routing dynamic", "--routing freeze --target portable")),
     (wrong_steps, "--layout web --precision q8", STORED),
     *((after("check_exact"), flags, OFF) for flags in (
-        "", "--precision int8 --target portable", "--adapters", "--precision fp32",
+        "", "--precision int8 --target portable", "--precision fp32",
         "--layout web --precision q4f16")),
     *((after("check_shipped"), f"{flags} --provider cpu", f"cpu does not compute what the CPU does"
        f"{hint}: its logits are off") for flags, hint in (
            ("--precision fp32", ""), ("--target npu", " .try another T in --static 1xTxP."))),
-    *((in_freezing, f"SINGLE {flags}", "freezing changed the model that was trained: its logits")
-      for flags in ("--precision int4", "--layout hf")),
+    *((in_placing, flags, "placing the experts changed the model that was trained: its logits")
+      for flags in ("--precision int4", "--layout hf", "ROUTED --precision fp32")),
     (in_graph(wider_windows), "MISTRAL --precision fp32", STORED),
     (keep_one_too_many, "MISTRAL --precision fp32", "not what PyTorch computes"),
     *((in_weights(another_bit), f"{bits} --layout {layout}", "1 tensors are not the merged ones")
@@ -697,8 +689,9 @@ BROKEN: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [
 
 @pytest.mark.parametrize("damage, flags, says", BROKEN)
 def test_what_differs_from_pytorch_is_not_kept(
-        run: Path, tmp_path: Path, damage: Callable[[pytest.MonkeyPatch], None], flags: str,
-        says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        run: Path, routed_run: Path, tmp_path: Path,
+        damage: Callable[[pytest.MonkeyPatch], None], flags: str, says: str,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     """And it is kept if nothing differs: `test_every_way_out`."""
     if "MISTRAL" in flags:                   # only a long prompt shows what is wrong
         save_bytes_model(tmp_path / "model", model_type="mistral", sliding_window=96, head_dim=16,
@@ -706,8 +699,8 @@ def test_what_differs_from_pytorch_is_not_kept(
         flags = flags.replace("MISTRAL", f"--model {tmp_path / 'model'}")
     elif "BFLOAT16" in flags:
         flags = flags.replace("BFLOAT16", str(in_bfloat16(run, tmp_path / "16")))
-    elif "SINGLE" in flags:
-        flags = flags.replace("SINGLE", str(of_single_experts(run, tmp_path / "single")))
+    elif "ROUTED" in flags:
+        flags = flags.replace("ROUTED", str(routed_run))
     else:
         flags = f"{run} {flags}"
     damage(monkeypatch)
@@ -716,18 +709,19 @@ def test_what_differs_from_pytorch_is_not_kept(
     assert not [*tmp_path.glob("*out*")]
 
 
-@pytest.mark.parametrize("flags", ["", "--precision int4 --block 128", "--adapters",
+@pytest.mark.parametrize("flags", ["", "--precision int4 --block 128",
                                    "--precision int8 --target portable", "--routing dynamic"])
 def test_a_session_may_differ_as_far_as_rounded_activations_explain(
-        run: Path, tmp_path: Path, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        run: Path, routed_run: Path, tmp_path: Path, flags: str, monkeypatch: pytest.MonkeyPatch,
+        ) -> None:
     """However sensitive the model is to them, and no further."""
+    made = routed_run if "dynamic" in flags else run
     monkeypatch.setattr(check, "BITS8", 1e-6)
-    info = ship(tmp_path / "out", run, flags)
-    assert all(seen["graph_error"] < 1e-5 < seen["shipped_error"]
-               for seen in info["checked"].values())
+    seen = ship(tmp_path / "out", made, flags)["checked"]
+    assert seen["graph_error"] < 1e-5 < seen["shipped_error"]
     monkeypatch.setattr(check, "EXPLAINED", 0.01)
     with pytest.raises(ValueError, match=OFF):
-        ship(tmp_path / "again", run, flags)
+        ship(tmp_path / "again", made, flags)
 
 
 @pytest.mark.parametrize("settings, ships, exact", [
@@ -754,7 +748,6 @@ def test_what_is_no_number_is_refused(tolerance: float, wrong: float) -> None:
 
 
 @pytest.mark.parametrize("flags, reason", [
-    ("--task none", "has no task 'none'; it has number, twice"),
     ("--context 4096", "--context 4096: .* ends at 128$"),
     ("--context 32", "--context 32: .* need 4[0-9], "),
     ("--prompts nowhere.txt", "nowhere.txt"), ("--prompts EMPTY", "empty.txt holds no prompt"),
@@ -768,10 +761,8 @@ def test_errors_come_before_the_work(run: Path, flags: str, reason: str, tmp_pat
     (tmp_path / "empty.txt").write_text("\n \n")
     flags = flags.replace("EMPTY", str(tmp_path / "empty.txt"))
     monkeypatch.setattr(write, "replacing", lambda *_, **__: pytest.fail("there is no folder yet"))
-    if "--prompts" not in flags:                               # which freezing reads
-        monkeypatch.setattr(write, "ship", lambda *_: pytest.fail("it was frozen"))
-    if "--task" in flags:
-        monkeypatch.setattr(cli_inputs, "load_base", lambda *_: pytest.fail("it was loaded"))
+    if "--prompts" not in flags:                               # which rounding reads
+        monkeypatch.setattr(write, "ship", lambda *_: pytest.fail("it was rounded"))
     monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)  # as if it were not installed
     with pytest.raises((ValueError, OSError, ImportError), match=reason):
         export.main([str(run), *flags.split()])

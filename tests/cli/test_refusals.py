@@ -32,7 +32,6 @@ WRONG_FLAGS = {              # {script: [(flags, what the last line says)]}
         ("RUN --static 1xtwo", "invalid 1xTxP value"),
         ("RUN --layout hf --routing dynamic", "holds no graph: leave out --routing dynamic"),
         ("RUN --layout hf --precision int4", "holds no graph"),
-        ("RUN --adapters --routing freeze", "--adapters freezes for each task, beside a base"),
         ("RUN --layout web --target portable", "--layout web needs --target ort"),
         ("RUN --precision q8 --target portable", "--precision q8 needs --target ort"),
         ("RUN --precision q8 --block 32", "--precision q8 of --target ort has no blocks"),
@@ -40,13 +39,9 @@ WRONG_FLAGS = {              # {script: [(flags, what the last line says)]}
         ("RUN --precision fp32 --block 32", "--precision fp32 of --target ort has no blocks"),
         ("RUN --layout peft --model x", "a base has no adapters (--prompts FILE calibrates 4 bits "
          "and NPUs): leave out RUN and --layout peft"),
-        ("RUN --task number --prompts x", "--prompts has no tasks"),
-        ("RUN --adapters --layout web", "layout onnx or genai: leave out --layout web"),
-        ("RUN --adapters --task number", "--adapters freezes for each task, beside a base"),
         ("RUN --static 1x1x9 --target portable --layout genai", "onnx: leave out --layout genai"),
         ("RUN --layout hf --routing freeze", "holds no graph: leave out --routing freeze"),
         ("RUN --layout peft --context 64 --block 32", "graph: leave out --context and --block"),
-        ("RUN --routing dynamic --task x", "--routing dynamic freezes nothing: leave out --task"),
         ("RUN --target npu --precision int4", "--precision int4 needs --target ort or portable"),
         ("RUN --precision w8a16", "--precision w8a16 needs --target npu"),
         ("RUN --provider qnn:60", "--provider qnn needs --target npu"),
@@ -56,7 +51,7 @@ WRONG_FLAGS = {              # {script: [(flags, what the last line says)]}
         ("RUN --target npu --layout genai", "--layout genai needs --target ort or portable"),
         ("RUN --target npu --routing dynamic", "--target npu holds one merged model"),
         *((f"--model x {flags}", f"leave out {flags.split()[0]}") for flags in (
-            "--task number", "--routing freeze", "--layout peft", "--adapters", "--limit-test 5")),
+            "--routing freeze", "--layout peft", "--limit-test 5")),
         *((f"--model x --prompts x {flags}", "calibrates 4 bits and NPUs): leave out ") for flags in
           ("--precision int8", "--precision q8", "--precision fp32", "--layout hf"))],
     runtime: [
@@ -106,7 +101,7 @@ REFUSED = [
     (train, "--only-tasks count,count", {}, "named twice"),
     (train, "--only-tasks no", {}, "no task no; it has capitals"),
     *((export, flags, {}, f"leave out {flags.split()[0]}") for flags in (
-        "--task number", "--routing freeze", "--layout peft", "--adapters", "--limit-test 5")),
+        "--routing freeze", "--layout peft", "--limit-test 5")),
     *((export, f"--prompts x {flags}", {}, "calibrates 4 bits and NPUs): leave out ") for flags in
       ("--precision int8", "--precision q8", "--precision fp32", "--layout hf")),
     (export, ".", {}, "is no run of train.py"),

@@ -10,9 +10,10 @@ import torch
 from exported import rounded
 from hypothesis import given
 from hypothesis import strategies as st
-from mixture import COUNTS, V, model_of, tasks
+from mixture import COUNTS, V, batch, model_of
 from torch import Tensor
 
+from minismoe.data.tasks import Example
 from minismoe.export import calibration
 from minismoe.export.gptq import factor, gptq
 from minismoe.export.weights import GraphFormat
@@ -95,7 +96,9 @@ def model() -> Any:
     return model_of(dtype=torch.float32)
 
 
-BATCHES = [batch for task in tasks().values() for batch in task]
+BATCHES = [batch(seed) for seed in range(6)]
+LINES = [Example("a", row[real.bool()].tolist(), [IGNORE] * int(real.sum()))
+         for ids, mask, _ in BATCHES for row, real in zip(ids, mask)]
 
 
 def test_matrices_rounded_on_samples_write_nearly_what_they_did(model: Any) -> None:
@@ -108,8 +111,7 @@ def test_matrices_rounded_on_samples_write_nearly_what_they_did(model: Any) -> N
     for handle in handles:
         handle.remove()
     plain = rounded(model, form)
-    texts = [(ids, mask, torch.full_like(ids, IGNORE)) for ids, mask, _ in BATCHES]
-    on_samples = rounded(model, form, model, {"a": texts[:3], "b": texts[3:]})
+    on_samples = rounded(model, form, model, {"a": LINES[:24], "b": LINES[24:]})
 
     def far(tree: Any, name: str) -> float:
         """How far what the matrix writes is from what it would write unrounded."""
@@ -127,7 +129,7 @@ def test_matrices_rounded_on_samples_write_nearly_what_they_did(model: Any) -> N
 
 
 def test_weights_in_8_bits_are_rounded_to_the_nearest(model: Any) -> None:
-    tree = rounded(model, GraphFormat("ort", "int8", 64), model, {"a": BATCHES})
+    tree = rounded(model, GraphFormat("ort", "int8", 64), model, {"a": LINES})
     for name, layer in expert_layers(tree).items():
         wanted = quantize(model.get_submodule(name).weight, 8, 32)
         assert torch.equal(layer.weight.blocks.data, wanted.data)
@@ -141,6 +143,6 @@ def test_the_tied_table_is_damped_more(model: Any, monkeypatch: pytest.MonkeyPat
         return factor(x, damping)
 
     monkeypatch.setattr(calibration, "factor", watched)
-    rounded(model, GraphFormat("ort", "int4", 64), model, {"a": BATCHES[:1]})
+    rounded(model, GraphFormat("ort", "int4", 64), model, {"a": LINES[:8]})
     inputs = 4 * len(model.model.layers)     # q, k and v; o; gate and up; down
     assert damped == [*[0.1] * inputs, 0.3]

@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from exported import Runner, stored
+from mixture import merge
 from tiny import FAMILIES, LLAMAS, random_hf
 from torch import Tensor, nn
 
@@ -130,14 +131,15 @@ def test_logits_of_the_last_tokens(model: Callable[..., CausalLM], tmp_path: Pat
 
 def mixed(m: CausalLM, experts: Callable[[int, str], tuple[int, int]], scale: float = 0.3,
           ) -> dict[str, Any]:
-    """Put random experts on `m`, (E, k) of each matrix; E = 0 is a frozen LoRA, E < 0 nothing."""
+    """Put random experts on `m`, (E, k) of each matrix; E = 0 are 3 frozen ones, E < 0 none."""
     g, beside = torch.Generator().manual_seed(0), {}
     for name, linear in linear_layers(m).items():
         _, _, i, part = name.split(".", 3)
         E, k = experts(int(i), part)
         if E < 0:
             continue
-        layer = ExpertLinear(linear, max(E, 1), 5 if E == 0 else 2, 8.0, k)
+        layer = ExpertLinear(linear, E or 3, 2, 8.0 if E else 3.0, k)
+        layer.router = layer.router if E else None
         for p in (layer.lora_A, layer.lora_B, layer.router):
             if p is not None:
                 p.data = torch.randn(p.shape, generator=g) * scale
@@ -148,7 +150,7 @@ def mixed(m: CausalLM, experts: Callable[[int, str], tuple[int, int]], scale: fl
 
 @pytest.mark.parametrize(("E", "k"), [(E, k) for E in range(9) for k in range(1, max(E, 1) + 1)])
 def test_experts(model: Callable[..., CausalLM], tmp_path: Path, E: int, k: int) -> None:
-    """The same experts on all matrices; E = 0 stands for a frozen LoRA."""
+    """The same experts on all matrices; E = 0 stands for frozen ones."""
     for target in ("ort", "portable"):
         m = model("llama_biases", num_hidden_layers=1)
         beside = mixed(m, lambda i, part: (E, k))
@@ -164,6 +166,19 @@ def test_every_matrix_its_own_experts(model: Callable[..., CausalLM], tmp_path: 
     counts = torch.randint(-1, 6, (2, len(PARTS)), generator=g)
     beside = mixed(m, lambda i, part: (int(counts[i, PARTS.index(part)]), seed % 3 + 1))
     compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m, 1e-4)
+
+
+@torch.no_grad()
+def test_frozen_experts_beside_a_weight_do_what_merged_ones_do(
+        model: Callable[..., CausalLM], tmp_path: Path) -> None:
+    m, joined = model("llama_biases"), model("llama_biases")
+    beside = mixed(m, lambda i, part: (0, 1), scale=0.1)
+    mixed(joined, lambda i, part: (0, 1), scale=0.1)
+    merge(joined)
+    for one, experts in ((m, beside), (joined, {})):
+        compare(write(tmp_path / "m.onnx", one, experts, all_logits=True), joined, 1e-4)
+    bare = model("llama_biases")(random_ids())
+    assert (joined(random_ids()) - bare).abs().max() > 0.1 * bare.abs().max()
 
 
 @torch.no_grad()

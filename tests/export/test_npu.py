@@ -52,8 +52,7 @@ def write(model: CausalLM, folder: Path, precision: str, **ranges: Any) -> Path:
     (folder / "config.json").write_text(json.dumps(SIZES))
     describe(folder, target="npu", context=P, static=(1, T, P), layers=c.num_hidden_layers,
              kv_heads=c.num_key_value_heads, head_dim=c.head_dim, vocab_size=c.vocab_size,
-             cache_type="float16", contract={"cache": "slots"}, format="minismoe.export/1",
-             adapters={})
+             cache_type="float16", contract={"cache": "slots"}, format="minismoe.export/1")
     return folder
 
 

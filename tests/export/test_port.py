@@ -324,7 +324,7 @@ def test_answers_are_those_of_the_runtime(kind: str, tmp_path: Path,
 
 # What is refused
 
-@pytest.mark.parametrize("flags", ["--layout web", "--layout peft", "--target npu", "--adapters",
+@pytest.mark.parametrize("flags", ["--layout web", "--layout peft", "--target npu",
                                    "--target portable --static 1x1x64"])
 def test_exports_that_it_cannot_run_are_refused(
         flags: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,21 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from mixture import COUNTS, ROUTED, model_of, tasks
+from mixture import COUNTS, ROUTED, merge, model_of
 from tiny import randomise, small_model
 from torch import Tensor
 
 import export
 from minismoe.data.tasks import Example, Task
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
-from minismoe.export import answers, check, ship
+from minismoe.export import answers, check, layers, ship
 from minismoe.export.calibration import Calibration, shuffled_samples, unlabelled
 from minismoe.export.layouts import copy_base_files, write_genai
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.export.ship import Part, place, sharing_copy, unrounded
+from minismoe.export.ship import Part, place, sharing_copy, widened
 from minismoe.io.files import read_json
-from minismoe.method.experts import add_experts, expert_layers
-from minismoe.method.freeze import exact
+from minismoe.method.experts import ExpertLinear, add_experts, drop_routers, expert_layers
+from minismoe.model.quantize import BlockLinear
 
 
 def test_prompts_are_turns_of_a_user_and_end_at_the_context(tmp_path) -> None:
@@ -38,24 +37,27 @@ def test_prompts_are_turns_of_a_user_and_end_at_the_context(tmp_path) -> None:
     assert all({*e.labels} == {-100} and len(e.labels) == len(e.ids) for e in found)
 
 
-@pytest.mark.parametrize("routing", ["merge", "freeze"])
-def test_graphs_of_a_folder_share_one_fit(routing, monkeypatch, tmp_path) -> None:
-    """The second one reads no text if it needs none to round."""
-    model, read = model_of(dtype=torch.float32), []
-    monkeypatch.setattr(ship, "calibration_batches", lambda samples, source: {
-        name: tasks()[name] for name in samples})
+@pytest.mark.parametrize("routing", ["merge", "freeze", "dynamic"])
+def test_experts_are_placed_and_texts_read_for_4_bits_alone(
+        routing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, read = model_of(dtype=torch.float32), list[list[str]]()
+    if routing != "dynamic":
+        drop_routers(model)
     monkeypatch.setattr(ship, "Calibration", lambda model, batches: read.append(
         [*batches]) or Calibration(model, batches))
+    lines = [Example("", [1, 2, 3, n], [-100, -100, 3, n]) for n in range(4, 9)]
     source = Source(tmp_path, tmp_path, "", model, SimpleNamespace(pad_id=0),
-                    examples={"a": [], "b": []})
+                    examples={"a": lines, "b": lines})
     config = ExportConfig(precision="int4", block=32, routing=routing)
     samples = shuffled_samples(config, source)
-    part = ship.ship(config, source, model, samples)
-    other = ship.ship(replace(config, precision="int8"), source, model, samples, part.fits)
-    assert read == [["a", "b"], []] and other.fits is part.fits
-    for shipped in part.shipped, other.shipped:
-        assert type(shipped.get_submodule(ROUTED[0])).__name__ == (
-            "BlockLinear" if routing == "merge" else "ExpertLinear")
+    for precision in "int4", "int8", "fp32":
+        part = ship.ship(replace(config, precision=precision), source, model, samples)
+        for name in COUNTS:
+            layer = part.shipped.get_submodule(name)
+            assert isinstance(layer, BlockLinear if routing == "merge" else ExpertLinear)
+            assert (getattr(layer, "router", None) is not None) == (
+                routing == "dynamic" and name in ROUTED)
+    assert read == [["a", "b"], [], []]
 
 
 def test_a_copy_shares_every_weight() -> None:
@@ -69,14 +71,15 @@ def test_a_copy_shares_every_weight() -> None:
 
 
 def test_a_base_in_16_bits_is_merged_in_float32() -> None:
-    model = model_of(dtype=torch.bfloat16).to(torch.float32)
-    fits = {name: exact(layer) for name, layer in expert_layers(model).items()}
-    part = Part(ExportConfig(precision="fp32"), sharing_copy(model), {None: fits})
-    place(part, [*fits])
-    for name, linear in fits.items():
-        merged = part.shipped.get_submodule(name).weight
-        assert merged.dense().dtype == torch.float32
-        torch.testing.assert_close(merged.dense(), merged.base + linear.lora_B @ linear.lora_A)
+    """All experts are in the weight, as a loop over them in float64 adds them."""
+    model = widened(model_of(dtype=torch.bfloat16))
+    drop_routers(model)
+    part, wanted = Part(ExportConfig(precision="fp32"), sharing_copy(model)), sharing_copy(model)
+    place(part, [*COUNTS])
+    merge(wanted)
+    for name in COUNTS:
+        found, weight = (tree.get_submodule(name).weight for tree in (part.shipped, wanted))
+        torch.testing.assert_close(found.dense(), weight, rtol=1e-6, atol=1e-6)
 
 
 class Written(list[int]):
@@ -132,16 +135,13 @@ def test_another_text_in_floats_is_refused_unless_it_is_a_near_tie(
     wanted = logits_of(b"yes")
     wanted[0, ord("n")] = 3 * (1 + above)
     monkeypatch.setattr(check, "logits", lambda *_: [wanted])
-    monkeypatch.setattr(check, "adapters", lambda *_: [None])
     part: Any = SimpleNamespace(config=ExportConfig(precision="fp32"), shipped=None)
     source: Any = SimpleNamespace(trained=model_of(), name="base")
-    figures: Any = {None: {"graph_error": 0.0}}
     if refused:
         with pytest.raises(ValueError, match="other texts than PyTorch: .* 0.0009 below"):
-            check.check_shipped(part, source, Says(), [[120]], figures)
+            check.check_shipped(part, source, Says(), [[120]])
     else:
-        check.check_shipped(part, source, Says(), [[120]], figures)
-        assert figures[None]["texts_equal"] == 1
+        assert check.check_shipped(part, source, Says(), [[120]])["texts_equal"] == 1
 
 
 def test_texts_are_the_same_up_to_their_end() -> None:
@@ -153,31 +153,29 @@ def test_texts_are_the_same_up_to_their_end() -> None:
     assert found["tokens_agreed"] == round(9 / 10, 4)
 
 
-def test_experts_that_freezing_loses_are_seen() -> None:
-    """Where freezing loses nothing: single experts, rounded or not, for all tasks or for each. The
-    biases of layers stay."""
-    model, prompts = small_model("llama", attention_bias=True, mlp_bias=True), [[1, 2, 3, 4, 5, 6]]
-    randomise(add_experts(model, dict.fromkeys(COUNTS, 1), rank=2))
-    fits = {name: exact(layer) for name, layer in expert_layers(model).items()}
-    wrong = fits | {name: replace(fit, lora_B=0 * fit.lora_B) for name, fit in fits.items()
-                    if "layers.1." in name}
-    for config in (ExportConfig(precision="int4", block=32),
-                   ExportConfig(precision="fp32", layout="hf"),
-                   ExportConfig(precision="fp32", routing="freeze"),
-                   ExportConfig(precision="int8", adapters=True)):
-        for found in fits, wrong:
-            of_tasks: Any = {"a" if config.adapters else None: found}
-            shipped = unrounded(Part(config, model, of_tasks), model)
-            with nullcontext() if found is fits else pytest.raises(
-                    ValueError, match="freezing changed the model .* explains 0.0001"):
-                check.check_frozen(Part(config, shipped, of_tasks), model, prompts)
+@pytest.mark.parametrize("settings", [
+    {"precision": "int4", "block": 32}, {"precision": "fp32", "layout": "hf"},
+    {"precision": "int8"}, {"precision": "fp32", "routing": "freeze"}])
+def test_experts_that_placing_loses_are_seen(settings: Any, monkeypatch: pytest.MonkeyPatch,
+                                             ) -> None:
+    """Merged or beside the weights, rounded or not. The biases of layers stay."""
+    model = small_model("llama", attention_bias=True, mlp_bias=True)
+    drop_routers(randomise(add_experts(model, COUNTS, rank=2)))
+    part, prompts = Part(ExportConfig(**settings), sharing_copy(model)), [[1, 2, 3, 4, 5, 6]]
+    place(part, [*COUNTS])
+    check.check_placed(part, model, prompts)
+    monkeypatch.setattr(layers, "merged", lambda weight, layer: weight)
+    for layer in expert_layers(part.shipped).values():   # those that are beside
+        layer.scaling /= 2
+    with pytest.raises(ValueError, match="placing the experts changed .* explains 0.0001"):
+        check.check_placed(part, model, prompts)
 
 
 def scored(*rows: tuple[int, int, int], capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
     """What is printed for tasks with (lost, won, other) test lines."""
     answers.show_rights({chr(97 + n): {"trained": [1] * lost + [0] * won + [1] * same,
                                 "int4": [0] * lost + [1] * won + [1] * same}
-                  for n, (lost, won, same) in enumerate(rows)}, "rounded")
+                  for n, (lost, won, same) in enumerate(rows)})
     return capsys.readouterr()
 
 

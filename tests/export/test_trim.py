@@ -151,9 +151,9 @@ def test_what_fewer_tokens_lose_is_told_apart_from_what_rounding_loses(
     write_json(run / "after.json", {"data": after["data"] | ({"right": [1] * 8} if known else {})})
     monkeypatch.setattr(export, "rights_in_torch", right)
     export.main([str(run), "--vocab", "320", "--out", str(tmp_path / "out")])
-    found = read_json(tmp_path / "out" / "export.json")["checked"][""]["exact_match"]["data"]
+    found = read_json(tmp_path / "out" / "export.json")["checked"]["exact_match"]["data"]
     assert sizes == [340] * (not known) and found["trained"] == 1.0 > found["trimmed"]
-    assert [*found] == ["trained", "trimmed", "int4-8"]        # one task: nothing is merged
+    assert [*found] == ["trained", "trimmed", "int4-8"]
     said, told = capsys.readouterr()
     assert re.search(r"exact match +trained +trimmed +int4-8", said)
     assert ("Right answers: trained 8, trimmed 0, int4-8 0. Most are lost where the model is "

@@ -1,107 +1,88 @@
-"""freeze.py against the reference: float64 least squares over outputs that are all materialised."""
+"""freeze.py against the reference, layer by layer and line by line, in float64."""
 
 import copy
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mixture import COUNTS, ROUTED, D, Data, batch, fit, frozen, merge, model_of, tasks
+from mixture import COUNTS, ROUTED, batch, model_of
 from tiny import plain
 from torch import Tensor, nn
 
 from minismoe import reference
-from minismoe.export.calibration import Calibration
-from minismoe.method.experts import ExpertLinear, expert_layers
-from minismoe.method.freeze import (
-    RIDGES,
-    Fit,
-    TaskFits,
-    constant_gates,
-    exact,
-    linear,
-    merged,
-    no_fits,
-    solve,
-)
-from minismoe.method.hooks import reads as groups
+from minismoe.method.experts import ExpertLinear, expert_layers, merged
+from minismoe.method.freeze import RIDGE, freeze, linear_fit
 from minismoe.method.loss import IGNORE
 
 
-def reads(model: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
-    """All that each adapted layer reads of the real tokens, (N, D), sample by sample."""
-    found: dict[str, list[Tensor]] = {}
-    hooks = [layer.register_forward_hook(lambda _, args, y, name=name: found.setdefault(
-        name, []).append(args[0].reshape(-1, args[0].shape[-1])))
-        for name, layer in expert_layers(model).items()]
-    with torch.no_grad():
-        for ids, mask, *_ in batches:
-            for row, m in zip(ids, mask):
-                model.model(row[m.bool()][None])
+def supervised(seed: int, rows: int = 8, pad: str = "right") -> tuple[Tensor, Tensor, Tensor]:
+    """Lines whose first two tokens, and pads, have no loss."""
+    ids, mask, _ = batch(seed, rows, pad)
+    order = mask.cumsum(1) - 1
+    return ids, mask, ids.masked_fill((order < 2) | (mask == 0), IGNORE)
+
+
+def watched(model: Any, data: tuple[Tensor, Tensor, Tensor],
+            ) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """By mixture, what it reads of each line, x (N, D), and || dL / dy ||^2 (N,) of L, the sum of
+    the line's losses; each line goes alone through the model, without padding."""
+    seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in ROUTED}
+
+    def watch(name: str) -> Any:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+            seen[name][0].append(args[0].detach().reshape(-1, args[0].shape[-1]))
+            y.register_hook(lambda dy: seen[name][1].append(
+                dy.reshape(-1, dy.shape[-1]).square().sum(1)))
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in ROUTED]
+    for row, mask, labels in zip(*data):
+        ids, wanted = row[mask.bool()], labels[mask.bool()]
+        logits = model.lm_head(model.model(ids[None]))[0]
+        nn.functional.cross_entropy(logits[:-1], wanted[1:], reduction="sum").backward()
     for hook in hooks:
         hook.remove()
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return seen
 
 
-def held_out(batches: list[Data], held: bool) -> list[Data]:
-    """The rows that are held out, every fourth, or the others."""
-    whole = [torch.cat([b[i] for b in batches]) for i in range(3)]
-    rows = (torch.arange(len(whole[0])) % 4 == 1) == held
-    return [(whole[0][rows], whole[1][rows], whole[2][rows])]
+@pytest.mark.parametrize("pad", ["right", "left"])
+def test_fits_and_residuals_are_those_of_the_reference(pad: str) -> None:
+    model, data = model_of(), supervised(3, pad=pad)
+    seen, fast = watched(copy.deepcopy(model), data), copy.deepcopy(model)
+    residuals = freeze(fast, data, size=3)
+    assert [*residuals] == ROUTED
+    for name in ROUTED:
+        slow, (x, d) = plain(expert_layers(model)[name]), map(torch.cat, seen[name])
+        lengths = torch.tensor([len(part) for part in seen[name][0]])
+        held = torch.arange(len(lengths)).repeat_interleave(lengths) % 4 == 1
+        w = 0.01 + 0.99 * d / d.mean()
+        A = reference.linear_fit(slow, x[~held], w[~held])
+        found = expert_layers(fast)[name].lora_A.flatten(0, 1)
+        torch.testing.assert_close(found, A, rtol=1e-6, atol=1e-9)
+        y = slow.added(x[held])
+        missed = y - slow.scaling * x[held] @ A.T @ slow.lora_B.flatten(0, 1)
+        lost, energy = (w[held] @ part.square().sum(1) for part in (missed, y))
+        assert residuals[name] == pytest.approx((lost / energy).item(), rel=1e-6)
 
 
-def loss(fit_: Fit, layer: ExpertLinear, x: Tensor) -> float:
-    """Share of the mixture's output energy that a fit misses on x."""
-    y = plain(layer).added(x)
-    return ((y - x @ fit_.lora_A.T @ fit_.lora_B.T).square().sum() / y.square().sum()).item()
-
-
-# --- the fits -----------------------------------------------------------------------------------
-
-def test_fits_are_the_best_of_the_reference_on_held_out_samples() -> None:
-    """Of constant gates and of the linear fits by two ridges."""
-    model, data = model_of().requires_grad_(False), tasks(40)
-    data["b"] = [tuple(t[:3, :3] for t in data["b"][0])]         # few tokens: there gates are best
-    fits, chosen = fit(model, data), set()
-    assert list(fits) == [None, "a", "b"]
-    seen = [{t: reads(model, held_out(data[t], held)) for t in data} for held in (False, True)]
-    for task in fits:
-        xs, hs = ({name: torch.cat([part[t][name] for t in data if task in (None, t)])
-                   for name in COUNTS} for part in seen)
-        assert list(fits[task]) == list(COUNTS)
-        for name in ROUTED:
-            layer, found = plain(expert_layers(model)[name]), fits[task][name]
-            tried = [reference.fits(layer, xs[name], 1.0)["gates"], *(
-                reference.fits(layer, xs[name], ridge)["linear"] for ridge in RIDGES)]
-            losses = [reference.residual(layer, A, hs[name]) for A in tried]
-            best = losses.index(min(losses))
-            torch.testing.assert_close(found.lora_A, tried[best], rtol=1e-5, atol=1e-5)
-            assert found.kind == ("gates" if best == 0 else "linear")
-            assert found.residual == pytest.approx(losses[best], rel=1e-6)
-            assert found.residual == pytest.approx(
-                loss(found, expert_layers(model)[name], hs[name]), rel=1e-6)
-            chosen.add(best)
-    assert chosen == {0, 1, 2}
-
-
-@given(T=st.integers(2, 40), D=st.integers(1, 9), R=st.integers(1, 6), seed=st.integers(0, 999))
-def test_linear_fits_are_where_the_gradient_of_their_loss_is_zero(T: int, D: int, R: int,
-                                                                  seed: int) -> None:
-    """Of ||gh - x A'||^2 + shift ||A' - A||^2, by both systems: of the tokens where they are fewer
-    than the inputs, else of the inputs."""
-    g = torch.Generator().manual_seed(seed)
-    x, *starts = (torch.randn(shape, dtype=torch.float64, generator=g)
-                  for shape in ((T, D), (R, D), (1, D)))
-    targets = [torch.randn(T, len(A), dtype=torch.float64, generator=g) for A in starts]
-    found = [*linear(starts, x, targets)]
-    assert len(found) == len(RIDGES)
-    for ridge, As in zip(RIDGES, found):
-        shift = ridge * x.square().sum() / D
-        for start, A, gh in zip(starts, As, targets):
-            torch.testing.assert_close((gh - x @ A.T).T @ x, shift * (A - start),
-                                       rtol=1e-6, atol=1e-8)
+@given(T=st.integers(2, 40), D=st.integers(1, 9), E=st.integers(2, 4), seed=st.integers(0, 999))
+def test_a_fit_is_where_the_gradient_of_its_loss_is_zero(T: int, D: int, E: int, seed: int) -> None:
+    """Of mean(w || gh - A' x ||^2) + shift || A' - A_g ||^2."""
+    torch.manual_seed(seed)
+    layer = ExpertLinear(nn.Linear(D, 3, bias=False).double(), E, 2, 4.0, 2)
+    layer.lora_B.data.normal_()
+    x, w = torch.randn(T, D, dtype=torch.float64), torch.rand(T, dtype=torch.float64) + 0.1
+    with torch.no_grad():
+        A, _ = linear_fit(layer, x, w, torch.zeros(T, dtype=torch.bool))
+        slow = plain(layer)
+        g = slow.gates(x)
+        A_g = torch.cat([(w @ g[:, e]) / w.sum() * each for e, each in enumerate(slow.lora_A)])
+        gh = torch.cat([g[:, e, None] * (x @ each.T) for e, each in enumerate(slow.lora_A)], 1)
+        shift = RIDGE * (w @ x.square().sum(1)) / T / D
+        torch.testing.assert_close(((gh - x @ A.T) * w[:, None]).T @ x / T, shift * (A - A_g),
+                                   rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -111,139 +92,75 @@ def test_equal_gates_are_frozen_without_loss(k: int) -> None:
         if layer.router is not None:
             layer.router.data.zero_()              # every gate 1/k, and topk breaks all ties alike
             layer.top_k = min(k, len(layer.router))
-    (x, mask, _), found = batch(99), fit(model, tasks())
-    assert all(f.residual < 1e-12 for task in (None, "a", "b") for f in found[task].values())
-    torch.testing.assert_close(frozen(model, found[None])(x, mask), model(x, mask))
+    ids, mask, _ = batch(99)
+    before = model(ids, mask)
+    assert max(freeze(model, supervised(5)).values()) < 1e-12
+    torch.testing.assert_close(model(ids, mask), before)
 
 
-def test_a_token_that_counts_twice_is_there_twice() -> None:
-    model = model_of().requires_grad_(False)
-    layer = expert_layers(model)["model.layers.0.mlp.down_proj"]
-    x = torch.randn(20, layer.in_features, dtype=torch.float64)
-    times, held = torch.arange(20) % 3 + 1, torch.arange(20) % 4 == 1
-    again = torch.arange(20).repeat_interleave(times)
-    found = solve({"": layer}, x, held, times)[""]
-    wanted = solve({"": layer}, x[again], held[again], torch.ones(len(again)))[""]
-    torch.testing.assert_close(found.lora_A, wanted.lora_A)
-    assert found.residual == pytest.approx(wanted.residual)
+def test_a_model_of_transformers_is_frozen_alike() -> None:
+    """Its layers see pads, which ours do not."""
+    pytest.importorskip("transformers")
+    ours, theirs = model_of(), model_of("hf-llama")
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    found = [freeze(model, supervised(7)) for model in (ours, theirs)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    for name, layer in expert_layers(ours).items():
+        torch.testing.assert_close(expert_layers(theirs)[name].lora_A, layer.lora_A, rtol=1e-3,
+                                   atol=1e-5)       # transformers normalises in float32
 
 
-def test_gates_of_equal_and_of_dead_experts_are_those_of_least_squares() -> None:
-    model = model_of().requires_grad_(False)
-    names = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
-    equal, dead = (expert_layers(model)[name] for name in names)
-    for p in (equal.lora_A, equal.lora_B):
-        p[1] = p[0]                                # two experts that cannot be told apart
-    dead.lora_B[2] = 0                             # one that adds nothing
-    seen = reads(model, tasks()["a"])
-    for name, layer in zip(names, (equal, dead)):
-        x, slow = seen[name], plain(layer)
-        gated = torch.stack([g[:, None] * (x @ A.T) for g, A in zip(
-            slow.gates(x).T, slow.lora_A)], 1).flatten(1)
-        c = constant_gates(layer, x @ layer.lora_A.flatten(0, 1).T, gated)
-        each = torch.stack(slow.outputs(x), 2).flatten(0, 1)
-        wanted = torch.linalg.lstsq(each, slow.added(x).reshape(-1, 1), driver="gelsd").solution
-        torch.testing.assert_close(c, wanted[:, 0])          # it may be singular
-
-
-def test_tasks_of_one_sample_are_refused() -> None:
-    with pytest.raises(ValueError, match="b: two calibration samples or more are needed"):
-        no_fits(expert_layers(model_of()), {"a": [batch(1)], "b": [batch(1, 1)]}, [None])
-
-
-# --- gathering ----------------------------------------------------------------------------------
-
-def same(a: TaskFits, b: TaskFits, **tolerance: float) -> None:
-    for task, ours in a.items():
-        assert list(ours) == list(b[task])
-        for name, found in ours.items():
-            torch.testing.assert_close(found.lora_A, b[task][name].lora_A, **tolerance)
-            assert found.kind == b[task][name].kind
-
-
-@pytest.mark.parametrize("size", [1, 5])
-def test_batches_and_pads_change_nothing(size: int) -> None:
-    """Pads are left out; a task's fits are the same beside another task."""
-    model = model_of()
-    apart = {task: [tuple(t[i:i + size, :int(whole[1][i:i + size].sum(1).max())] for t in whole)
-                    for whole in batches for i in range(0, 8, size)]
-             for task, batches in tasks().items()}
-    found = fit(model, tasks())
-    same(found, fit(model, apart), rtol=1e-6, atol=1e-9)
-    same({"a": found["a"]}, fit(model, {"a": tasks()["a"]}), rtol=0, atol=1e-12)
-
-
-def test_layers_that_read_the_same_are_one_group() -> None:
-    model, (ids, mask, _) = model_of(), batch(0)
-    found = {" ".join(name.split(".")[-1][0] for name in names): x for names, x in groups(
-        expert_layers(model), [partial(model.model, ids, mask)] * 2).items()}
-    assert [*found] == ["q k v", "o", "g u", "d"]        # of the second layer, which comes last
-    assert found["q k v"].shape == (2 * mask.sum(), D)
-
-
-def test_a_prefix_that_texts_share_counts_as_often_as_it_is_there() -> None:
-    model, (ids, mask, _) = model_of().requires_grad_(False), batch(0)
-    ids[:, :2], labels = ids[:1, :2].clone(), torch.full_like(ids, IGNORE)
-    together, apart = (Calibration(model, {"a": batches}) for batches in (
-        [(ids, mask, labels)], [*zip(*(t.split(1) for t in (ids, mask, labels)))]))
-    assert len(together.times) == mask.sum() - 14 and len(apart.times) == mask.sum()
-    for number in range(2):
-        found, same = together.run_layer(number), apart.run_layer(number)
-        assert [*found] == [*same]
-        for (names, x), y in zip(found.items(), same.values()):
-            torch.testing.assert_close(together.factor(names, x), apart.factor(names, y))
+def test_parameters_stay_and_nothing_else_changes() -> None:
+    model = model_of().train()
+    before = {name: (p, p.detach().clone(), p.requires_grad)
+              for name, p in model.named_parameters()}
+    freeze(model, supervised(1))
+    assert model.training and not any(m._forward_hooks for m in model.modules())
+    assert {n for n in before if "router" in n} == before.keys() - dict(
+        model.named_parameters()).keys()
+    for name, p in model.named_parameters():
+        same, value, asks = before[name]
+        assert p is same and p.requires_grad == asks and p.grad is None
+        changed = name.removesuffix(".lora_A") in ROUTED
+        assert torch.equal(p, value) != changed, name
+    assert freeze(model, supervised(1)) == {}        # there is nothing left to freeze
 
 
 @pytest.mark.parametrize(("part", "value"), [
     ("lora_A", torch.nan), ("lora_B", torch.nan), ("router", torch.nan), ("router", torch.inf)])
-def test_what_is_not_finite_is_named_and_the_model_left_as_it_was(part: str, value: float) -> None:
+def test_what_is_not_finite_is_named(part: str, value: float) -> None:
     """NaN sums read as a residual of 0 otherwise."""
-    model, lost = model_of().train(), "model.layers.1.mlp.down_proj"
+    model, lost = model_of(), "model.layers.1.mlp.down_proj"
     getattr(expert_layers(model)[lost], part).data[0, 0] = value
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match=f"^{lost}: .* is not finite"):
-        fit(model, tasks())
-    assert model.training and not any(m._forward_hooks for m in model.modules())
-    assert all(p.requires_grad for layer in expert_layers(model).values()
-               for p in (layer.lora_A, layer.lora_B))
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(ValueError, match="is not finite: train with --dtype float32, or"):
+        freeze(model, supervised(2))
+    assert not any(m._forward_hooks for m in model.modules())
 
 
-# --- freezing and merging -----------------------------------------------------------------------
-
-def test_frozen_and_merged_compute_the_same() -> None:
+def test_merged_computes_what_frozen_experts_add_beside() -> None:
     model, (ids, mask, _) = model_of(), batch(3)
-    fits = fit(model, tasks())[None]
-    beside, joined = frozen(model, fits), copy.deepcopy(model)
-    merge(joined, fits)
-    assert all(layer.router is None for layer in expert_layers(beside).values())
-    assert not expert_layers(joined)
-    for name in COUNTS:
-        layer = beside.get_submodule(name)
-        assert layer.lora_A.shape == (1, 2 * COUNTS[name], layer.in_features)
-        assert layer.scaling == 1
-    torch.testing.assert_close(*(m(ids, mask)[mask.bool()] for m in (beside, joined)))
-
-
-def test_one_expert_is_exact() -> None:
-    model = model_of()
-    layer = expert_layers(model)["model.layers.0.self_attn.v_proj"]
-    x = torch.randn(5, D, dtype=torch.float64)
-    found = exact(layer)
-    assert (found.kind, found.residual) == ("exact", 0.0)
-    torch.testing.assert_close(x @ merged(layer.weight, found).T, layer(x))
-    alone = frozen(model, fit(model, tasks())["a"])
-    torch.testing.assert_close(expert_layers(alone)["model.layers.0.self_attn.v_proj"](x), layer(x))
+    freeze(model, supervised(4))
+    beside = model(ids, mask)[mask.bool()]
+    for name, layer in expert_layers(model).items():
+        added = sum(layer.scaling * B.T @ A for A, B in zip(layer.lora_A, layer.lora_B))
+        joined = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        joined.weight = nn.Parameter(merged(layer.weight, layer), requires_grad=False)
+        joined.bias = layer.bias
+        torch.testing.assert_close(joined.weight.data, layer.weight + added)
+        model.set_submodule(name, joined)
+    torch.testing.assert_close(model(ids, mask)[mask.bool()], beside)
 
 
 def test_bfloat16_is_merged_in_float32_and_rounded_once() -> None:
     model = model_of(dtype=torch.bfloat16)
-    fits = fit(model, tasks())[None]
-    for name, found in fits.items():
-        weight = model.get_submodule(name).weight
-        assert found.lora_A.dtype == found.lora_B.dtype == torch.float32
-        wide = weight.double() + found.lora_B.double() @ found.lora_A.double()
-        result = merged(weight, found)
+    freeze(model, supervised(6))
+    for name in COUNTS:
+        layer = expert_layers(model)[name]
+        A, B = layer.lora()
+        assert layer.lora_A.dtype == torch.float32 and A.shape == (2 * COUNTS[name],
+                                                                   layer.in_features)
+        wide = layer.weight.double() + B.double() @ A.double()
+        result = merged(layer.weight, layer)
         assert result.dtype == torch.bfloat16
         nearest = (wide.bfloat16().double() - wide).abs()        # float32 may miss it at a tie
         assert ((result.double() - wide).abs() <= nearest + 1e-6 * wide.abs().max()).all()

@@ -13,8 +13,7 @@ from torch import Tensor
 from minismoe.export.calibration import Calibration, State
 from minismoe.export.gptq import factor
 from minismoe.export.layers import HEAD
-from minismoe.method.experts import expert_layers, linear_layers
-from minismoe.method.freeze import no_fits, solve
+from minismoe.method.experts import linear_layers
 from minismoe.method.loss import IGNORE
 from minismoe.model.decoder import CausalLM, Config
 
@@ -79,20 +78,6 @@ def test_a_gram_matrix_counts_tokens_by_their_weights() -> None:
         w /= sum(calibration.token_weights[name].sum() for name in names)
         rows = x * (0.1 * calibration.times + 0.9 * w).sqrt()[:, None]
         torch.testing.assert_close(calibration.factor(names, x), factor(rows))
-
-
-def test_a_fit_counts_tokens_by_their_weights() -> None:
-    """Those for the mixtures that read the same x."""
-    batches = {"a": [texts_of("right")]}
-    calibration, fits = Calibration(MODEL, batches), no_fits(expert_layers(MODEL), batches, [None])
-    calibration.weigh()
-    for names, x in calibration.run_layer(0).items():
-        calibration.fit(names, x, fits)
-        mixtures: Any = {n: m for n in names if (m := MODEL.get_submodule(n)).router is not None}
-        w = sum(calibration.token_weights[name] for name in mixtures)
-        counts = 0.1 * calibration.times + 0.9 * w * calibration.times.sum() / w.sum()
-        for name, fit in solve(mixtures, x, calibration.held, counts).items():
-            torch.testing.assert_close(fits[None][name].lora_A, fit.lora_A)
 
 
 def test_texts_without_answers_count_as_often_as_they_are_there() -> None:

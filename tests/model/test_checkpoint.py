@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minismoe.io.files import read_json, write_json
 from minismoe.method.allocate import Allocation
-from minismoe.method.experts import add_experts, expert_layers
+from minismoe.method.experts import add_experts, drop_routers, expert_layers
 from minismoe.model.checkpoint import (
     fingerprint,
     load_adapter,
@@ -288,12 +288,48 @@ def adapter(trained: CausalLM, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
+def rewrite(adapter: Path, *without: str, **changes: str) -> None:
+    """Change what adapter.json says, or leave it out."""
+    meta = read_json(adapter / "adapter.json") | changes
+    write_json(adapter / "adapter.json", {k: v for k, v in meta.items() if k not in without})
+
+
 @torch.no_grad()
 def test_a_saved_adapter_loads_unchanged(folder: Path, trained: CausalLM, adapter: Path) -> None:
     again, base = load_model(folder), load_model(folder)
     assert load_adapter(again, adapter) == ALLOCATION
     assert torch.equal(again(IDS), trained(IDS))
     assert relative(trained(IDS), base(IDS)) > 1e-2
+
+
+@torch.no_grad()
+def test_frozen_experts_are_saved_without_routers(folder: Path, trained: CausalLM, adapter: Path,
+                                                  tmp_path: Path) -> None:
+    """adapter.json says so; an adapter of before, without the key, has them."""
+    assert read_json(adapter / "adapter.json")["routing"] == "dynamic"
+    routed, again, of_before = trained(IDS), load_model(folder), load_model(folder)
+    drop_routers(trained)
+    save_adapter(trained, tmp_path / "frozen", ALLOCATION)
+    assert read_json(tmp_path / "frozen" / "adapter.json")["routing"] == "frozen"
+    assert load_adapter(again, tmp_path / "frozen") == ALLOCATION
+    assert expert_layers(again)[Q].router is None
+    assert torch.equal(again(IDS), trained(IDS))
+    assert relative(trained(IDS), routed) > 1e-2
+    rewrite(adapter, "routing")
+    load_adapter(of_before, adapter)
+    assert torch.equal(of_before(IDS), routed)
+
+
+@pytest.mark.parametrize("name", ["frozen", "dynamic"])
+def test_routers_that_contradict_the_routing_are_refused(
+        folder: Path, trained: CausalLM, tmp_path: Path, name: str) -> None:
+    if name == "dynamic":
+        drop_routers(trained)
+    save_adapter(trained, tmp_path / "adapter", ALLOCATION)
+    rewrite(tmp_path / "adapter", routing=name)
+    with pytest.raises(ValueError, match=f"{Q}.router is " + (
+            "surplus" if name == "frozen" else "missing")):
+        load_adapter(load_model(folder), tmp_path / "adapter")
 
 
 @torch.no_grad()

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from mixture import frozen_layer, merge
 from safetensors.torch import load_file, save_file
 from tiny import QWEN, SIZES, close, edit_tensors, padded, random_hf, save_imaged
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minismoe.export.layouts import copy_base_files, write_hf, write_weights
 from minismoe.io.files import read_json, write_json
-from minismoe.method.freeze import Fit
 from minismoe.method.loss import supervised_losses
 from minismoe.model.checkpoint import load_model
 from minismoe.model.config import Config, text_part
@@ -231,11 +231,11 @@ def test_images_are_left_out(kind: str, published: bool, tied: bool, tmp_path: P
     want = hf(ids).logits
     assert (model(ids) - want).abs().max() <= 1e-4 * want.abs().max()
     changed = "model.layers.1.mlp.up_proj"
-    weight = model.get_parameter(f"{changed}.weight")
     copy_base_files(tmp_path / "base", tmp_path / "out")
-    write_hf(tmp_path / "out", tmp_path / "base", {
-        changed: Fit(weight.clone(), torch.eye(len(weight)))})
-    weight.mul_(2)
+    layer = frozen_layer(model.get_submodule(changed), 2, 3)
+    write_hf(tmp_path / "out", tmp_path / "base", {changed: layer})
+    model.set_submodule(changed, layer)
+    merge(model)
     want = model(ids)
     assert names(tmp_path / "out") == {n for n, _ in model.named_parameters()} - (
         {"lm_head.weight"} if tied else set())
@@ -252,11 +252,11 @@ def test_peft_adapts_the_text_of_a_model_with_images(kind: str, tmp_path: Path) 
     peft = pytest.importorskip("peft")
     hf, folder = save_imaged(tmp_path / "base", True, kind=kind), tmp_path / "peft"
     name, model = "model.layers.1.mlp.up_proj", load_model(tmp_path / "base")
-    fit = Fit(torch.randn(3, 32), torch.randn(48, 3))
+    model.set_submodule(name, frozen_layer(model.get_submodule(name), 3, 2))
     copy_base_files(tmp_path / "base", folder)
-    write_weights("peft", tmp_path / "base", "base", {name: fit}, folder)
+    write_weights("peft", tmp_path / "base", "base", model, folder)
     ids = torch.randint(97, (2, 17))
-    model.get_submodule(name).weight += fit.lora_B @ fit.lora_A
+    merge(model)
     want = model(ids)
     assert (hf(ids).logits - want).abs().max() > 1e-3 * want.abs().max()
     found = peft.PeftModel.from_pretrained(hf, folder)(ids).logits

@@ -106,7 +106,8 @@ def test_a_run_on_another_device_equals_that_on_the_cpu(trained: Callable[[str],
     assert cpu.keys() == other.keys() and all(
         v.abs().max() > 1e-3 for name, v in cpu.items() if name.endswith("lora_B"))
     for name, value in cpu.items():
-        assert torch.allclose(other[name], value, rtol=0, atol=1e-5), name
+        # Mixtures are fitted in float32.
+        torch.testing.assert_close(other[name], value, rtol=0, atol=1e-4, msg=name)
     cpu, other = (read_json(folder / d / "sensitivity.json")["tasks"] for d in ("cpu", "other"))
     for task, found in cpu.items():
         assert other[task]["scores"] == pytest.approx(found["scores"], rel=1e-5)

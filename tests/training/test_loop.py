@@ -25,7 +25,7 @@ from minismoe.training import plan
 from minismoe.training.evaluate import token_scores
 from minismoe.training.loop import Interrupted, Trainer, train
 from minismoe.training.plan import TaskPlan, TrainConfig, plan_tasks, planned_batches
-from minismoe.training.schedule import LR, default_lr, learning_rate
+from minismoe.training.schedule import LR, default_lr, freezing_step, learning_rate
 
 
 def step_of(model: CausalLM, batch: list[Example], cfg: TrainConfig,
@@ -83,7 +83,8 @@ def test_training_equals_a_plain_loop(tmp_path, monkeypatch, weight: float, smoo
     counts by its lines, a user's token at most `weight` times as much as one of an answer."""
     monkeypatch.setattr(plan, "MOST_SMOOTHING", smoothing)
     cfg = TrainConfig(epochs=2, batch_size=6, micro_batch_size=4, lr=0.02, seed=3, keep="last",
-                      max_grad_norm=norm_limit, router_aux_loss_coef=0.3, prompt_loss=weight)
+                      max_grad_norm=norm_limit, router_aux_loss_coef=0.3, prompt_loss=weight,
+                      routing="dynamic")
     ours, plain = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
     unseen = examples()[5:12]
     summary = train(ours, examples(), cfg, tmp_path, 0, valid=unseen)
@@ -190,7 +191,7 @@ def test_experts_that_were_better_before_are_kept(tmp_path, monkeypatch) -> None
     before, validate, calls = tiny(), Trainer.validate, []
     monkeypatch.setattr(Trainer, "validate", lambda *a: calls.append(1) or validate(*a))
     for resume in False, True:
-        after, loss = overfitting(tmp_path, resume, True, lr=0.5, epochs=2)
+        after, loss = overfitting(tmp_path, resume, True, lr=0.5, epochs=2, routing="dynamic")
         assert [*measured(tmp_path)] == [0, 1, 2, 3, 4] and len(calls) == 5
         assert loss == pytest.approx(measured(tmp_path)[0], abs=1e-5)
         for (name, a), b in zip(before.named_parameters(), after.parameters()):
@@ -208,7 +209,7 @@ def test_right_answers_choose_the_step_if_there_are_enough(count: int, chooses: 
         valid.append(Example("t", [i, 7, answer], [IGNORE, IGNORE, answer]))
     plans = {"t": TaskPlan(9, 1, 1, 0, 0, 0.0, "answers", count),
              "u": TaskPlan(9, 1, 1, 0, 0, 0.6, "loss", 50)}
-    trainer = Trainer(model, TrainConfig(), 0, valid, plans)
+    trainer = Trainer(model, TrainConfig(routing="dynamic"), 0, valid, plans)
     state: Any = {"best": -math.inf, "best_step": 0}
     first = {name: p.detach().clone() for name, p in trainer.parameters.items()}
     right, merits = [], []
@@ -239,6 +240,87 @@ def test_a_resumed_run_keeps_the_same_best_step_to_the_bit(tmp_path, monkeypatch
             assert torch.equal(a, b), name
     assert len(calls) == 8                               # it did not begin anew
     assert measured(tmp_path / "cut") == measured(tmp_path / "straight")
+
+
+# --- the freeze ---------------------------------------------------------------------------------
+
+def frozen_run(run: Path, model: CausalLM, resume: bool = False, **settings: Any) -> dict[str, Any]:
+    """12 steps, of which the routing of 10 is not frozen."""
+    cfg = TrainConfig(epochs=4, batch_size=4, lr=0.02, checkpoint_every=1, **settings)
+    return train(model, examples(12), cfg, run, 0, resume)
+
+
+def test_mixtures_become_plain_loras_on_the_way(tmp_path, capsys) -> None:
+    model = tiny()
+    assert frozen_run(tmp_path, model)["frozen"] == 10
+    assert not any(m.router is not None for m in expert_layers(model).values())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "frozen" in line] == [11]
+    assert lines[10]["frozen"] == 14 and 0 < lines[10]["missed"] < 1
+    missed = f"{lines[10]['missed']:.1%}"
+    assert f"froze 14 mixtures after step 10 of 12: the median LoRA misses {missed}" in (
+        capsys.readouterr().out)
+    assert [line["balance"] for line in lines][10:] == [0, 0] and lines[9]["balance"] > 0
+    # The optimizer begins anew: the rate rises again, over as many steps as at first.
+    rates = [line["lr"] for line in lines]
+    assert rates[10:] == pytest.approx([learning_rate(10, 12, 0.02) / 6,
+                                        learning_rate(11, 12, 0.02) * 2 / 6])
+
+
+def test_routers_stay_if_the_routing_is_dynamic(tmp_path) -> None:
+    model = tiny()
+    assert frozen_run(tmp_path, model, routing="dynamic")["frozen"] is None
+    assert all(m.router is not None for m in expert_layers(model).values())
+
+
+def test_single_experts_are_plain_loras_from_the_start(tmp_path, capsys) -> None:
+    results = [frozen_run(tmp_path / routing, tiny(1), routing=routing)
+               for routing in ("frozen", "dynamic")]
+    assert [result["frozen"] for result in results] == [None, None]
+    assert "froze" not in capsys.readouterr().out
+    frozen, dynamic = ((tmp_path / routing / "metrics.jsonl").read_text().splitlines()
+                       for routing in ("frozen", "dynamic"))
+    assert [json.loads(line)["loss"] for line in frozen] == [
+        json.loads(line)["loss"] for line in dynamic]
+
+
+@pytest.mark.parametrize("step", [9, 10, 11])
+def test_a_run_that_stops_around_the_freeze_ends_in_the_same_bytes(tmp_path, monkeypatch,
+                                                                   step: int) -> None:
+    whole, parts = tiny(), tmp_path / "parts"
+    frozen_run(tmp_path / "whole", whole)
+    interrupt_in(monkeypatch, "step", step)
+    with pytest.raises(Interrupted, match=f"saved after step {step} of 12"):
+        frozen_run(parts, tiny())
+    model = tiny()
+    assert frozen_run(parts, model, resume=True)["frozen"] == 10
+    for (name, a), (same, b) in zip(whole.named_parameters(), model.named_parameters(),
+                                    strict=True):
+        assert name == same and torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("routing, kept", [("frozen", 21), ("dynamic", 3)])
+def test_a_step_before_the_freeze_is_not_kept(tmp_path, monkeypatch, routing: str, kept: int,
+                                              ) -> None:
+    """Each time that they are measured, there are fewer right answers."""
+    calls = list[int]()
+    monkeypatch.setattr("minismoe.training.loop.token_scores", lambda *_: calls.append(1) or (
+        evaluating.TokenScores(1.0, 0.0, 50 - len(calls))))
+    valid = [replace(e, task=task) for e in examples(50) for task in "ab"]
+    cfg = TrainConfig(epochs=8, batch_size=4, lr=0.02, routing=routing)
+    choice = train(tiny(), examples(12), cfg, tmp_path, 0, False, valid)["choice"]
+    assert choice.startswith(f"kept step {kept} of 24, by the ")
+
+
+def plan_of(judged: str) -> TaskPlan:
+    return TaskPlan(9, 1, 1, 0, 0, 0.0, judged, 50)
+
+
+@pytest.mark.parametrize("judged, steps, wanted", [
+    ("answers", 100, 80), ("loss", 100, 40), ("answers loss", 100, 40), ("answers", 12, 10),
+    ("answers", 2, 1), ("answers", 1, 0), ("loss", 3, 1), ("answers", 0, 0)])
+def test_runs_with_free_text_freeze_early(judged: str, steps: int, wanted: int) -> None:
+    assert freezing_step(steps, {j: plan_of(j) for j in judged.split()}) == wanted
 
 
 def test_not_finite_gradient_is_not_stepped(tmp_path, monkeypatch) -> None:
