@@ -12,7 +12,7 @@ Letters: B samples of a batch, T tokens, M matrices.
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -69,82 +69,52 @@ def probe(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]]) -> 
 
 def sample_norms(model: nn.Module, modules: Mapping[str, Any], input_ids: Tensor,
                  attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """|| dL_i / dW ||_F^2 (B, M) of each sample of one batch, for each of the modules: the backward
-    pass returns them as the gradient of zeros that stand in for them."""
+    """|| dL_i / dW ||_F^2 (B, M) of each sample of one batch, for each of the modules: in the
+    forward pass, `watch` keeps what the norm needs of X; in the backward pass, `write` gets D.
+    """
     parameter = next(model.parameters())
-    ghost = _Ghost(to_device(attention_mask, parameter.device),
-                   torch.promote_types(parameter.dtype, torch.float32), packs_tokens(model))
-    with ExitStack() as afterwards, torch.enable_grad():
-        afterwards.callback(setattr, ghost, "read", None)        # its graph holds the ghost
-        # No loss depends on these: `_Norms` puts the answers into their gradient.
-        norms = ghost.mask.new_zeros(len(modules), len(ghost.mask), dtype=ghost.dtype,
-                                     requires_grad=True)
-        for module, column in zip(modules.values(), norms.unbind()):
-            afterwards.enter_context(module.register_forward_hook(partial(_watch, ghost, column)))
-        losses, rows = supervised_losses(model, input_ids, attention_mask, labels)
-        weights = 1 / torch.bincount(rows)[rows].to(losses.dtype)
-        # The sum over samples of their means.
-        (losses * to_device(weights, losses.device)).sum().backward()
-    assert norms.grad is not None
-    return norms.grad.mT
+    dtype, packed = torch.promote_types(parameter.dtype, torch.float32), packs_tokens(model)
+    mask = to_device(attention_mask, parameter.device).bool()
+    pairs = mask[:, None] & mask[..., None]                              # (B, T, T)
+    row_of = (mask.flatten().cumsum(0) - 1).clamp_(min=0)                # if packed; any of a pad
+    norms = torch.zeros(len(modules), len(mask), dtype=dtype, device=parameter.device)
 
-
-class _Ghost:
-    """What the layers share while they see one batch."""
-
-    def __init__(self, attention_mask: Tensor, dtype: torch.dtype, packed: bool):
-        self.mask, self.dtype = attention_mask.bool()[..., None], dtype    # (B, T, 1)
-        self.pairs = (self.mask & self.mask.mT).to(dtype)                  # (B, T, T)
-        self.packed = packed                               # row_of: each position's packed row
-        self.row_of = (self.mask.flatten().cumsum(0) - 1).clamp_(min=0)
-        self.read: tuple[Tensor, Tensor] | None = None    # last input and its X X^T: q, k, v share
-
-    def gram(self, x: Tensor) -> Tensor:
-        """X X^T (B, T, T) of each sample; 0 where a token is a pad."""
-        if self.read is not None and self.read[0] is x:
-            return self.read[1]
-        rows = self.by_sample(x.detach())
-        gram = (rows @ rows.mT).to(self.dtype).mul_(self.pairs)
-        self.read = x, gram
-        return gram
-
-    def by_sample(self, x: Tensor) -> Tensor:
+    def by_sample(x: Tensor) -> Tensor:
         """(B, T, .) of what a layer reads or writes; pads hold anything."""
-        x = x.reshape(-1, x.shape[-1])
-        if x.dtype == torch.float16:          # squares of gradients underflow
-            x = x.float()
-        if self.packed:
-            x = x.index_select(0, self.row_of)
-        return x.view(*self.mask.shape[:2], -1)
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if rows.dtype == torch.float16:          # squares of gradients underflow
+            rows = rows.float()
+        return (rows.index_select(0, row_of) if packed else rows).view(*mask.shape, -1)
+
+    @lru_cache(maxsize=1)                        # q, k and v read the same x
+    def gram(x: Tensor) -> Tensor:
+        X = by_sample(x)
+        return (X @ X.mT).to(dtype) * pairs
+
+    def watch(number: int, layer: Any, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        x, (out, in_) = inputs[0], layer.weight.shape
+        use_gram = mask.shape[1] * (in_ + out) < in_ * out
+        kept = gram(x) if use_gram else x.detach()
+
+        def write(dy: Tensor) -> None:
+            D = by_sample(dy)
+            if use_gram:
+                left, right = kept, (D @ D.mT).to(dtype)
+            else:
+                left = right = ((D * mask[..., None]).mT @ by_sample(kept)).to(dtype)
+            norms[number] = torch.linalg.vecdot(left.flatten(1), right.flatten(1))
+
+        y.requires_grad_().register_hook(write)  # of the first layers, no input has a gradient
+
+    with ExitStack() as afterwards, torch.enable_grad():
+        for number, module in enumerate(modules.values()):
+            afterwards.enter_context(module.register_forward_hook(partial(watch, number)))
+        _sum_of_means(model, input_ids, attention_mask, labels).backward()
+    return norms.mT
 
 
-def _watch(ghost: _Ghost, norms: Tensor, module: Any, inputs: tuple[Tensor, ...], output: Tensor,
-           ) -> Tensor:
-    """A forward hook; returns the output, whose backward pass fills the norms."""
-    x, (out, in_) = inputs[0], module.weight.shape
-    use_gram = ghost.mask.shape[1] * (in_ + out) < in_ * out
-    read = ghost.gram(x) if use_gram else x.detach()
-    return _Norms.apply(output, norms, ghost, read, use_gram)
-
-
-class _Norms(torch.autograd.Function):
-    """The identity of y, with || D^T X ||^2 (B,) as the gradient of `norms`. Compared in
-    tests/method/test_sensitivity.py::test_equals_the_gradient_of_each_sample."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, norms: Tensor, ghost: _Ghost, read: Tensor, use_gram: bool,
-                ) -> Tensor:
-        """read: X X^T if that is cheaper, else X."""
-        ctx.save_for_backward(read)
-        ctx.ghost, ctx.use_gram = ghost, use_gram
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        (read,), ghost = ctx.saved_tensors, ctx.ghost
-        d = ghost.by_sample(dy)                                            # (B, T, out)
-        if ctx.use_gram:
-            left, right = read, (d @ d.mT).to(ghost.dtype)
-        else:
-            left = right = ((d * ghost.mask).mT @ ghost.by_sample(read)).to(ghost.dtype)
-        return dy, torch.linalg.vecdot(left.flatten(1), right.flatten(1)), None, None, None
+def _sum_of_means(model: nn.Module, *batch: Tensor) -> Tensor:
+    """The sum over samples of L_i, the mean loss of the supervised tokens of sample i."""
+    losses, rows = supervised_losses(model, *batch)
+    weights = 1 / torch.bincount(rows)[rows].to(losses.dtype)
+    return (losses * to_device(weights, losses.device)).sum()
