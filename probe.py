@@ -34,11 +34,8 @@ def main(argv: Sequence[str]) -> None:
     parser = new_parser(__doc__, {"output": ProbeConfig, "model and data": InputConfig,
                                   "probe and allocation": AllocationConfig})
     config = from_flags(ProbeConfig, vars(parser.parse_args(argv)))
-    allocation, settings = probing.read_allocation(config)
     if (config.model is None) != (config.data is None):
         parser.error(TOGETHER)
-    if allocation:
-        parser.error(f"{config.allocation} is an allocation already: nothing is left to probe")
     config, run = resolve_auto(config), Path(config.out)
     if config.show:
         print_examples(config, config.show)
@@ -49,13 +46,13 @@ def main(argv: Sequence[str]) -> None:
     must_be_writable(run)
 
     # Load, probe, allocate and save.
-    settings = probing.without_small(settings, inputs := load_inputs(config))
-    probing.known_allocation(settings, inputs)           # finds flags that are wrong
+    inputs = load_inputs(config)
+    shapes = probing.large_matrices(inputs, config.rank)
     with script.working_in(run, f"{script.command('probe')} {shlex.join(argv)}"):
-        scores = probing.run_probe(config, settings, inputs)
+        scores = probing.run_probe(config, inputs, shapes)
         (run / "allocation.json").unlink(missing_ok=True)    # of an earlier probe's scores
         write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
-        allocation = probing.choose(settings, scores)    # the scores may not fit a budget
+        allocation = probing.choose(config, scores, shapes)    # the scores may not fit a budget
         write_json(run / "allocation.json", allocation.to_json())
 
     for task, values in scores.items():

@@ -10,8 +10,6 @@ from ..io.flags import flag, natural, option, positive, seed, text, two_names
 from ..method.allocate import STRATEGIES
 from ..training.plan import TrainConfig
 
-# Settings of the allocation that have no flag: a file for --allocation may hold them.
-SETTINGS = ("keep", "min_experts", "top_k")
 TOGETHER = ("--model and --data go together; without both, the built-in toy and its tasks are "
             "used")
 
@@ -57,19 +55,12 @@ class InputConfig:
 
 @dataclass(frozen=True)
 class AllocationConfig:
-    """How much the probe measures, and how experts are given to matrices."""
+    """How much the probe measures, and how votes give experts to matrices."""
 
-    strategy: str = flag("votes", "how experts are given to matrices: by votes of the tasks "
-                         "(default; of one task, each matrix gets one), the same number everywhere "
-                         "(uniform), or one everywhere (lora)", choices=STRATEGIES)
     budget_params: int | None = flag(
         None, "at most N trainable parameters (default: as many as it takes if each task votes for "
         "60 %% of the matrices)", positive, metavar="N")
-    rank: int = flag(8, "rank of each expert (default: %(default)s); lora with --budget-params "
-                     "takes the largest rank that fits", positive)
-    allocation: str | None = flag(
-        None, 'an allocation.json, or {"module": experts}; or settings of the allocation: '
-        + ", ".join(SETTINGS), text, metavar="FILE")
+    rank: int = flag(8, "rank of each expert (default: %(default)s)", positive)
     samples: int = 32                   # of each task to probe: a flag of probe.py
     seed: int = 0                       # --seed, a flag of InputConfig
 
@@ -80,6 +71,12 @@ class RunConfig(InputConfig, AllocationConfig, TrainConfig):
 
     out: str | None = flag(None, "folder of the run (default: a new one in runs)", text,
                            metavar="RUN")
+    strategy: str = flag("votes", "how experts are given to matrices: by votes of the tasks "
+                         "(default; of one task, each matrix gets one), the same number everywhere "
+                         "(uniform), or one everywhere (lora)", choices=STRATEGIES)
+    allocation: str | None = flag(
+        None, 'an allocation.json, or {"module": experts}, in place of a strategy', text,
+        metavar="FILE")
     exact_match: str = flag(
         "auto", "whether the model answers all test lines, and answers are compared. auto "
         "(default): of all tasks but free text", choices=("auto", "on", "off"))
@@ -89,26 +86,24 @@ class RunConfig(InputConfig, AllocationConfig, TrainConfig):
     resume: bool = flag(False, "go on with the run in --out, from its checkpoint")
 
 
-def contradiction(config: RunConfig, names_experts: bool) -> str:
-    """The sentence that says which flags of train.py do not go together; "" if all do.
-
-    config: the flags as they were typed; names_experts: the file of --allocation names experts.
-    """
+def clashing_flags(config: RunConfig) -> str:
+    """The sentence that says which flags of train.py do not go together; "" if all do. config: the
+    flags as they were typed."""
     def typed(*names: str) -> str:
         return ", ".join(option(name) for name in names
                          if getattr(config, name) != getattr(RunConfig, name))
 
-    choosing = typed("strategy", "budget_params")
-    building = typed("strategy", "budget_params", "rank", "allocation")
     if config.resume:
         return "" if config.out else "--resume needs --out RUN"
     if config.init:
-        return building and ("--init takes the experts of RUN as they are: leave out "
-                             f"{building}")
+        idle = typed("strategy", "budget_params", "rank", "allocation")
+        return idle and f"--init takes the experts of RUN as they are: leave out {idle}"
     if config.epochs == 0:
         return "--epochs 0 trains nothing: name a run to judge by --init RUN"
     if (config.model is None) != (config.data is None):
         return TOGETHER
-    if names_experts and choosing:
-        return f"--allocation says what these would choose: leave out {choosing}"
+    if config.allocation and (idle := typed("strategy", "budget_params")):
+        return f"--allocation says what these would choose: leave out {idle}"
+    if config.strategy != "votes" and config.budget_params:
+        return f"--budget-params bounds votes: leave out --strategy {config.strategy}"
     return ""

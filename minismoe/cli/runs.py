@@ -15,9 +15,8 @@ from ..io.text import clean
 from ..method.allocate import Allocation
 from ..model.checkpoint import versions
 from ..training.plan import TaskPlan, TrainConfig
-from .flags import AllocationConfig, InputConfig, RunConfig, contradiction
+from .flags import AllocationConfig, InputConfig, RunConfig, clashing_flags
 from .inputs import Inputs
-from .probing import read_allocation
 from .script import command, working_in
 
 # Flags that a resumed run may change; of UPDATED, its config.json then holds the new values.
@@ -37,7 +36,7 @@ def configure(argv: Sequence[str], description: str | None) -> RunConfig:
         "training": TrainConfig})
     args = parser.parse_args(argv)
     typed = from_flags(RunConfig, vars(args))
-    if wrong := contradiction(typed, read_allocation(typed)[0] is not None):
+    if wrong := clashing_flags(typed):
         parser.error(wrong)
     if typed.resume:
         args = resumed(parser, argv, Path(args.out))

@@ -11,19 +11,16 @@ paper, where a matrix without a vote gets no adapter. With keep = 0.5 of one gro
     task 2       0.1   0.2   0.9   0.3     votes for v and o
     experts        1     0     2     1
 
-A budget of parameters takes the largest keep that fits it. Two strategies read no score. "uniform"
-gives each matrix a share `keep` of as many experts as there are tasks or, with a budget, as many as
-fit. "lora" gives each matrix one expert, with a budget of the largest rank that fits. No count
-depends on the order of tasks or modules.
+A budget of parameters takes the largest keep that fits it. Two strategies read no score: "uniform"
+gives each matrix a share `keep` of as many experts as there are tasks, "lora" gives each one. No
+count depends on the order of tasks or modules.
 """
 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from fnmatch import fnmatchcase
-from itertools import chain
 from typing import Any
 
 GROUP = "attention_mlp"  # what is ranked together: matrices of attention, and those of MLPs
@@ -136,97 +133,65 @@ def _kept(keep: float, count: int) -> int:
     return max(1, math.floor(keep * count + 0.5 + 1e-9))
 
 
-@dataclass(frozen=True)
-class AllocationSettings:
-    """How `allocate` gives experts to matrices."""
-
-    strategy: str = "votes"              # or "uniform", or "lora"
-    keep: float | None = None            # share of its group that a task votes for; None: KEEP
-    budget_params: int | None = None     # at most so many trainable parameters, in place of keep
-    min_experts: int = 0                 # votes that fall short of it are raised to it
-    target_modules: Iterable[str] | str | None = None        # see `select`
-    rank: int = 8                        # of each expert
-    alpha: float | None = None           # None: twice the rank
-    top_k: int = 2                       # experts active a token
-
-
-def allocate(scores: Sensitivities, settings: AllocationSettings | None = None, *,
-             shapes: Mapping[str, tuple[int, int]] | None = None, **changes: Any) -> Allocation:
+def allocate(scores: Sensitivities, *, strategy: str = "votes", keep: float | None = None,
+             budget_params: int | None = None, min_experts: int = 0, rank: int = 8,
+             alpha: float | None = None, top_k: int = 2,
+             shapes: Mapping[str, tuple[int, int]] | None = None) -> Allocation:
     """Give each module of {task: {module: sensitivity}} its number of experts.
 
-    settings: the defaults of `AllocationSettings` if None; `changes` are fields of it. shapes:
-    {module: (out, in)}, by default `scores.shapes`. Raises ValueError for wrong settings and for a
-    budget that is too small, with the nearest possible one.
+    strategy: one of STRATEGIES. keep: the share of its group that a task votes for (default: KEEP),
+    or budget_params: at most so many trainable parameters by votes. min_experts: votes that fall
+    short of it are raised to it. alpha: twice the rank by default. shapes: {module: (out, in)}, by
+    default `scores.shapes`. Raises ValueError for wrong arguments and for a budget that is too
+    small, with the nearest possible one.
     """
-    given = replace(settings or AllocationSettings(), **changes)
-    budget, least = given.budget_params, given.min_experts
-    keep = KEEP if given.keep is None and budget is None else given.keep
-    alpha = given.alpha
+    keep = KEEP if keep is None and budget_params is None else keep
     if alpha is None:
-        alpha = 2 * given.rank if is_whole(given.rank, 1) else 1
-    draft = Allocation({}, given.rank, alpha, given.top_k, given.strategy, GROUP, keep)
-    _check(scores, draft, budget, least)
-    modules = select(next(iter(scores.values())), given.target_modules)
+        alpha = 2 * rank if is_whole(rank, 1) else 1
+    draft = Allocation({}, rank, alpha, top_k, strategy, GROUP, keep)
     sizes = (getattr(scores, "shapes", None) if shapes is None else shapes) or {}
-    unknown = [module for module in modules if module not in sizes]
-    if budget is not None and unknown:
-        raise ValueError(f"budget_params needs the shapes of modules, and lacks those of {unknown}")
-    if given.strategy == "lora":
-        best = replace(draft, experts=dict.fromkeys(modules, 1))
-        if budget is not None:           # alpha / rank stays
-            rank = max(1, budget // replace(best, rank=1).trainable(sizes))
-            best = _largest([replace(best, rank=rank, alpha=alpha * rank / given.rank)], sizes,
-                            budget)
+    _check(scores, draft, budget_params, min_experts, sizes)
+    modules = sorted(next(iter(scores.values())), key=natural)
+    if strategy == "votes":
+        found = _by_votes(draft, scores, grouped(modules), budget_params, min_experts, sizes)
     else:
-        options = _options(draft, scores, grouped(modules), least)
-        best = next(options) if budget is None else _largest(options, sizes, budget)
-    return replace(best, trainable_parameters=None if unknown else best.trainable(sizes), experts={
-        m: best.experts[m] for m in next(iter(scores.values())) if best.experts.get(m)})
+        each = 1 if strategy == "lora" else max(min_experts, _kept(keep or KEEP, len(scores)))
+        found = replace(draft, experts=dict.fromkeys(modules, each))
+    known = all(module in sizes for module in modules)
+    return replace(found, trainable_parameters=found.trainable(sizes) if known else None, experts={
+        module: found.experts[module] for module in next(iter(scores.values()))
+        if found.experts[module]})
 
 
-def _options(draft: Allocation, scores: Sensitivities, groups: Sequence[Sequence[str]], least: int,
-             ) -> Iterator[Allocation]:
-    """What the strategy of `draft`, "votes" or "uniform", may allocate: with its keep, or without
-    one for a budget, from few experts to many."""
-    if draft.strategy == "uniform":
-        few = max(1, least, _kept(draft.keep, len(scores)) if draft.keep else 1)
-        for each in range(few, MOST + 1):
-            yield replace(draft, experts=dict.fromkeys(chain(*groups), each))
-        return
+def _by_votes(draft: Allocation, scores: Sensitivities, groups: Sequence[Sequence[str]],
+              budget: int | None, least: int, sizes: Mapping[str, tuple[int, int]]) -> Allocation:
+    """The allocation by votes with the keep of `draft`, or with the largest that fits a budget."""
     # Every keep that gives a task one more vote in a group of n: (i - 1/2) / n rounds up to i.
     keeps = {(2 * i - 1) / (2 * n) for n in map(len, groups) for i in range(1, n + 1)}
-    for keep in [draft.keep] if draft.keep else sorted(keeps):
-        yield replace(draft, keep=keep, experts={
-            module: max(count, least) for module, count in vote(scores, groups, keep).items()})
+    for keep in sorted(keeps, reverse=True) if budget is not None else [draft.keep or KEEP]:
+        votes = vote(scores, groups, keep)
+        found = replace(draft, keep=keep, experts={
+            module: max(count, least) for module, count in votes.items()})
+        if budget is None or (size := found.trainable(sizes)) <= budget:
+            return found
+    raise ValueError(f"a budget of {budget} trainable parameters is too small: the nearest "
+                     f"possible is {size}")
 
 
-def _largest(options: Iterable[Allocation], shapes: Mapping[str, tuple[int, int]], budget: int,
-             ) -> Allocation:
-    """The largest of the options, which ascend in size, that has at most `budget` trainable
-    parameters. ValueError if none has."""
-    best = None
-    for option in options:
-        if (size := option.trainable(shapes)) > budget:
-            break
-        best = option
-    if best is None:
-        raise ValueError(f"a budget of {budget} trainable parameters is too small: the nearest "
-                         f"possible is {size}")
-    return best
-
-
-def _check(scores: Sensitivities, draft: Allocation, budget: int | None, least: int) -> None:
+def _check(scores: Sensitivities, draft: Allocation, budget: int | None, least: int,
+           sizes: Mapping[str, tuple[int, int]]) -> None:
     """Raise one ValueError that names everything wrong with the arguments of `allocate`."""
     modules: set[str] = set().union(*scores.values())
+    unknown = sorted(modules - sizes.keys()) if budget is not None else []
     checks = [
         (draft.strategy in STRATEGIES, f"strategy {draft.strategy!r} is none of {STRATEGIES}"),
         (is_whole(least, 0) and least <= MOST,
          f"min_experts must be a whole number from 0 to {MOST}, got {least!r}"),
-        (draft.strategy != "lora" or least in (0, 1),
-         f"'lora' is one expert a module, so min_experts {least!r} cannot be met"),
         (budget is None or draft.keep is None, "give only one of keep and budget_params"),
-        (budget is None or is_whole(budget, -math.inf),
-         f"budget_params must be a whole number < 2**50, got {budget!r}"),
+        (budget is None or draft.strategy == "votes", "budget_params is for votes alone"),
+        (budget is None or is_whole(budget, 0),
+         f"budget_params must be a whole number, got {budget!r}"),
+        (not unknown, f"budget_params needs the shapes of modules, and lacks those of {unknown}"),
         (modules, "the scores hold no module"),
         *((modules == set(values), f"task {task!r} lacks {sorted(modules - set(values))}")
           for task, values in scores.items()),
@@ -234,20 +199,6 @@ def _check(scores: Sensitivities, draft: Allocation, budget: int | None, least: 
           for task, values in scores.items() for module, score in values.items())]
     if problems := draft.problems() + [problem for good, problem in checks if not good]:
         raise ValueError("; ".join(problems))
-
-
-def select(modules: Iterable[str], targets: Iterable[str] | str | None) -> list[str]:
-    """In natural order, the modules whose last component is a target or whose name matches one, or
-    all for None. Raises ValueError with the targets that match nothing."""
-    kinds = {module: module.rpartition(".")[2] for module in sorted(modules, key=natural)}
-    targets = "*" if targets is None else targets
-    words = targets.split(",") if isinstance(targets, str) else targets
-    hits = {word: {m for m, kind in kinds.items() if kind == word or fnmatchcase(m, word)}
-            for word in map(str.strip, words) if word}
-    if not hits or not all(hits.values()):
-        raise ValueError(f"no module matches targets {[word for word in hits if not hits[word]]}; "
-                         f"projections present: {sorted(set(kinds.values()))}")
-    return [module for module in kinds if any(module in matched for matched in hits.values())]
 
 
 def natural(module: str) -> tuple[list[Any], str]:

@@ -71,15 +71,19 @@ def odd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_strategies_are_compared_over_seeds(inputs, tmp_path, capfd) -> None:
     """Finished runs are not run again."""
-    args = ["--out", str(tmp_path), "--strategies", "lora,uniform", "--seeds", "2", "--", *inputs,
-            *QUICK, "--budget-params", "9999"]
+    args = [*inputs[:2], "--budget", "9999", "--out", str(tmp_path), "--strategies",
+            "lora,uniform,votes", "--seeds", "2", "--", *inputs[2:], *QUICK]
     strategies.main(args)
-    rows = [line.split() for line in capfd.readouterr().out.splitlines()[-2:]]
-    assert [row[0] for row in rows] == ["lora", "uniform"] and rows[0][2:] == ["+0.0", "0.0"]
-    for run in tmp_path.glob("*"):
+    rows = [line.split() for line in capfd.readouterr().out.splitlines()[-3:]]
+    assert [row[0] for row in rows] == ["lora", "uniform", "votes"]
+    assert rows[0][2:] == ["+0.0", "0.0"]
+    sizes = [read_json(run / "results.json")["trainable_parameters"]
+             for run in sorted(tmp_path.glob("*-0"))]
+    assert all(6000 < size <= 9999 for size in sizes), sizes
+    for run in tmp_path.glob("*-?"):
         (run / "results.json").write_text('{"mean": {"after": %f}}' % ("uniform" in run.name))
     strategies.main(args)
-    assert capfd.readouterr().out.splitlines()[-1].split() == ["uniform", "100.0", "+100.0", "0.0"]
+    assert capfd.readouterr().out.splitlines()[-2].split() == ["uniform", "100.0", "+100.0", "0.0"]
 
 
 def test_rounding_pairs_ways_line_by_line(odd_run, tmp_path, monkeypatch, capsys) -> None:

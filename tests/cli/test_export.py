@@ -39,6 +39,7 @@ from minismoe.io import progress
 from minismoe.io.files import read_json, write_json
 from minismoe.method.allocate import Allocation
 from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
+from minismoe.method.sensitivity import shapes_of
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
 from minismoe.model.decoder import CausalLM
 from minismoe.model.quantize import BlockLinear
@@ -51,10 +52,12 @@ PROMPT = [256, *b"User: say 3\nAssistant:"]
 
 
 def trained(root: Path, *flags: str) -> Path:
-    """A run of train.py on the model and the data of a folder."""
-    train.main(["--model", str(root / "model"), "--data", str(root / "data"), "--strategy",
-                "uniform", "--budget-params", "5600", "--rank", "2", "--epochs", "4", "--lr",
-                "0.02", "--batch-size", "16", "--seed", "1", *flags])
+    """A run of train.py on the model and the data of a folder, with two experts a matrix."""
+    shapes = shapes_of(load_model(root / "model"))
+    write_json(root / "two.json", Allocation(dict.fromkeys(shapes, 2), 2, 4).to_json())
+    train.main(["--model", str(root / "model"), "--data", str(root / "data"), "--allocation",
+                str(root / "two.json"), "--epochs", "4", "--lr", "0.02", "--batch-size", "16",
+                "--seed", "1", *flags])
     return Path(flags[-1])
 
 

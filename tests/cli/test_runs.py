@@ -17,12 +17,11 @@ import export
 import train
 from minismoe.cli import inputs as cli
 from minismoe.cli import probing, results, runs
-from minismoe.cli.flags import AllocationConfig, InputConfig
+from minismoe.cli.flags import AllocationConfig, InputConfig, RunConfig
 from minismoe.data.lines import with_system
 from minismoe.data.tasks import Example, Task
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.io.files import read_json, write_json
-from minismoe.method.allocate import AllocationSettings
 from minismoe.runtime.folder import trained_system
 
 
@@ -163,7 +162,7 @@ def test_a_rank_that_a_file_overrules_is_said(inputs, tmp_path, capsys) -> None:
     file.write_text(json.dumps({"format": "minismoe.allocation/1", "rank": 2,
                                 "experts": {"model.layers.0.mlp.up_proj": 1}}))
     for rank, said in ((3, True), (2, False), (8, False)):         # 8 is the default
-        probing.allocation_of(AllocationConfig(rank=rank, allocation=str(file)), None)
+        probing.read_allocation(RunConfig(rank=rank, allocation=str(file)))
         assert ("says rank 2, which is taken, and not 3" in capsys.readouterr().err) == said
 
 
@@ -203,9 +202,9 @@ def test_a_run_goes_on_where_its_model_and_data_moved_to(inputs, finished, tmp_p
     fails(train.main, *moved, says="began with other inputs, which differ in task upper")
 
 
-def measured(monkeypatch, count: int, seed: int = 0, samples: int = 6, **settings: object,
+def measured(monkeypatch, count: int, modules: str, seed: int = 0, samples: int = 6,
              ) -> list[list[float]]:
-    """Rows of the probe; token i of a sample stands for row i of the norms."""
+    """Rows of the probe of modules a to d; token i of a sample stands for row i of the norms."""
     norms = torch.rand(count, 4, generator=torch.Generator().manual_seed(count)).double()
     model = nn.Module()
     for name in "abcd":                      # all in one group
@@ -216,20 +215,21 @@ def measured(monkeypatch, count: int, seed: int = 0, samples: int = 6, **setting
     monkeypatch.setattr(probing, "probe", lambda _, tasks: SimpleNamespace(
         samples={"t": norms[tasks["t"][0][0][:, 0]]}))
     config = AllocationConfig(samples=samples, seed=seed)
-    return probing.run_probe(config, AllocationSettings(**settings), data).samples["t"].tolist()
+    shapes = dict.fromkeys(modules, (3, 3))
+    return probing.run_probe(config, data, shapes).samples["t"].tolist()
 
 
 def test_the_seed_draws_the_samples(monkeypatch) -> None:
-    rows = [measured(monkeypatch, 40, samples=3, seed=seed) for seed in (0, 0, 1)]
+    rows = [measured(monkeypatch, 40, "abcd", seed, 3) for seed in (0, 0, 1)]
     assert rows[0] == rows[1] != rows[2] and len(rows[2]) == 3
 
 
-def test_the_overlap_is_that_of_the_targets(monkeypatch, capsys) -> None:
-    """One of a and b is voted for, whatever c and d are."""
-    rows = measured(monkeypatch, 6, keep=0.5, target_modules="a,b")
-    even, odd = (max((0, 1), key=lambda m: sum(row[m] for row in half))
-                 for half in (rows[::2], rows[1::2]))
-    assert capsys.readouterr().out.split()[-1] == f"{float(even == odd):.2f}"
+def test_the_overlap_is_that_of_matrices_which_may_get_experts(monkeypatch, capsys) -> None:
+    """Two of a, b and c are voted for, whatever d is."""
+    rows = measured(monkeypatch, 6, "abc")
+    least = [min(range(3), key=lambda m: sum(row[m] for row in half))
+             for half in (rows[::2], rows[1::2])]
+    assert capsys.readouterr().out.split()[-1] == ("1.00" if least[0] == least[1] else "0.50")
 
 
 def test_a_system_prompt_is_added_and_remembered_by_the_export(inputs, tmp_path, succeed) -> None:

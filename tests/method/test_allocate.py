@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minismoe import reference
-from minismoe.method.allocate import MOST, STRATEGIES, Allocation, allocate
+from minismoe.method.allocate import STRATEGIES, Allocation, allocate
 
 KINDS = ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj")  # by name
 Model = tuple[dict[str, dict[str, float]], dict[str, tuple[int, int]]]
@@ -87,7 +87,7 @@ def test_keep_is_three_fifths_unless_a_size_is_given() -> None:
 def test_order_of_tasks_and_modules_is_no_matter(
         strategy: str, model: Model, keep: float, seed: int, by_budget: bool) -> None:
     scores, shapes = model
-    mixed = shuffled(scores, seed)
+    mixed, by_budget = shuffled(scores, seed), by_budget and strategy == "votes"
     how: dict[str, Any] = {"budget_params": 6000} if by_budget else {"keep": keep}
     found: list[Any] = []
     for each in (scores, mixed):
@@ -103,31 +103,15 @@ def test_order_of_tasks_and_modules_is_no_matter(
 # Budgets
 
 
-def steps(scores: Any, shapes: dict[str, tuple[int, int]], strategy: str, found: Allocation,
-          how: dict[str, Any]) -> list[Allocation]:
-    """The allocations that are one step above `found`, or all larger ones; none at the top."""
-    if strategy == "votes":  # groups have 1, 2, 3, 4, 6, 8, 9 or 12 modules: 144ths show every step
-        every = [allocate(scores, strategy=strategy, keep=i / 144, **how) for i in range(1, 145)]
-        total = sum(found.experts.values())
-        return [each for each in every if sum(each.experts.values()) > total]
-    if strategy == "lora":
-        return [Allocation(found.experts, found.rank + 1)]
-    return [Allocation({module: count + 1 for module, count in found.experts.items()})]
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
 @settings(max_examples=40, deadline=None)
 @given(models(), st.integers(0, 60), st.integers(0, 2))
-def test_a_budget_is_met_to_within_one_step(strategy: str, model: Model, amount: int, low: int,
-                                            ) -> None:
+def test_a_budget_is_met_to_within_one_step(model: Model, amount: int, low: int) -> None:
     scores, shapes = model
-    low = min(low, 1) if strategy == "lora" else low
-    how: dict[str, Any] = {"min_experts": low}
 
     def spend(budget: int) -> Allocation:
-        return allocate(scores, strategy=strategy, shapes=shapes, budget_params=budget, **how)
+        return allocate(scores, shapes=shapes, budget_params=budget, min_experts=low)
 
-    budget = amount * 397 - 1
+    budget = amount * 397
     try:
         found = spend(budget)
     except ValueError as error:
@@ -138,10 +122,11 @@ def test_a_budget_is_met_to_within_one_step(strategy: str, model: Model, amount:
         budget, found = nearest, spend(nearest)
         assert size(found, shapes) == nearest
     assert found.trainable_parameters == size(found, shapes) <= budget
-    assert all(size(above, shapes) > budget
-               for above in steps(scores, shapes, strategy, found, how))
+    # Groups have 1, 2, 3, 4, 6, 8, 9 or 12 modules: 144ths show every step.
+    every = [allocate(scores, keep=i / 144, min_experts=low) for i in range(1, 145)]
+    assert all(size(above, shapes) > budget for above in every
+               if sum(above.experts.values()) > sum(found.experts.values()))
     assert found.experts and min(found.experts.get(module, 0) for module in shapes) >= low
-    assert (found.keep is not None) == (strategy == "votes")
 
 
 @given(models(), st.integers(1, 48))
@@ -160,18 +145,9 @@ def test_uniform_gives_each_matrix_the_same_share_of_all_tasks(model: Model, kee
     assert found == dict.fromkeys(shapes, max(1, int(keep * len(scores) + 0.5 + 1e-9)))
 
 
-def test_a_budget_beyond_the_most_uniform_experts_gives_the_most() -> None:
-    found = allocate(GOOD, strategy="uniform", shapes=Probed.shapes, budget_params=10 ** 9)
-    assert found.experts == dict.fromkeys(Probed.shapes, MOST)
-
-
 def test_lora_has_the_rank_that_is_given() -> None:
-    """And a budget chooses another, whose outputs are scaled alike."""
-    scores, shapes = GOOD, Probed.shapes
-    found = allocate(scores, strategy="lora", rank=3, alpha=24)
+    found = allocate(GOOD, strategy="lora", rank=3, alpha=24)
     assert (found.experts, found.rank, found.alpha) == ({"h.0.a": 1, "h.0.b": 1}, 3, 24)
-    found = allocate(scores, strategy="lora", rank=3, alpha=24, shapes=shapes, budget_params=71)
-    assert (found.rank, found.alpha) == (5, 40) and size(found, shapes) == 60
 
 
 # Names
@@ -186,21 +162,6 @@ def test_attention_is_told_by_the_parent_inside_the_layer(module: str, attention
     own, other = ("z.0.attn.p", "z.0.mlp.p") if attention else ("z.0.mlp.p", "z.0.attn.p")
     chosen = allocate({"t": {own: 0.0, other: 2.0, module: 1.0}}, keep=0.01).experts
     assert chosen == {module: 1, other: 1}               # the best of each group
-
-
-def test_targets_choose_by_last_component_or_pattern() -> None:
-    names = [f"h.{i}.{kind}" for i in (0, 1) for kind in ("attn.q", "attn.qk", "mlp.up")]
-    scores = {"t": dict.fromkeys(names, 1.0)}
-    for targets, chosen in [
-            ("q", ["h.0.attn.q", "h.1.attn.q"]),
-            ("q, up", ["h.0.attn.q", "h.0.mlp.up", "h.1.attn.q", "h.1.mlp.up"]),
-            (["h.1.*"], ["h.1.attn.q", "h.1.attn.qk", "h.1.mlp.up"]),
-            (("up", "*.0.attn.q"), ["h.0.attn.q", "h.0.mlp.up", "h.1.mlp.up"])]:
-        assert list(allocate(scores, keep=1, target_modules=targets).experts) == chosen
-    with pytest.raises(ValueError, match=r"\['k', 'Up'\].*\['q', 'qk', 'up'\]"):
-        allocate(scores, target_modules="q,k,Up")
-    with pytest.raises(ValueError, match="targets"):
-        allocate(scores, target_modules=[])
 
 
 # Arguments
@@ -220,8 +181,6 @@ def test_shapes_come_with_the_scores() -> None:
     assert allocate(scores, budget_params=37, rank=1).experts == {"h.0.a": 2}
     with pytest.raises(ValueError, match=r"budget_params.*'h.0.b'"):
         allocate(scores, budget_params=99, shapes={"h.0.a": (3, 5)})
-    with pytest.raises(ValueError, match="budget_params"):
-        allocate(dict(scores), budget_params=99)
 
 
 GOOD = {"t": {"h.0.a": 2.0, "h.0.b": 1.0}}
@@ -234,10 +193,10 @@ GOOD = {"t": {"h.0.a": 2.0, "h.0.b": 1.0}}
         ({"keep": 0.0}, ["keep"]), ({"keep": 1.01}, ["keep"]), ({"keep": math.nan}, ["keep"]),
         ({"keep": 0.5, "budget_params": 3}, ["only one", "keep"]),
         ({"budget_params": 2.5}, ["budget", "2.5"]), ({"budget_params": True}, ["budget", "True"]),
-        ({"budget_params": 2**60}, ["budget", "2**50"]),
+        ({"budget_params": 99}, ["shapes", "h.0.b"]),
+        ({"budget_params": 9, "strategy": "lora"}, ["votes alone"]),
         ({"min_experts": -1}, ["min_experts", "-1"]),
-        ({"min_experts": 1025}, ["min_experts", "1025"]),
-        ({"strategy": "lora", "min_experts": 2}, ["lora", "min_experts 2"])]),
+        ({"min_experts": 1025}, ["min_experts", "1025"])]),
     ({}, {}, ["no module"]), ({"t": {}}, {}, ["no module"]),
     ({"t": {"a": 1.0, "b": 2.0}, "u": {"b": 1.0, "c": 1.0}}, {},
      ["'t' lacks ['c']", "'u' lacks ['a']"]),

@@ -32,7 +32,7 @@ from safetensors.torch import save_file  # noqa: E402
 from tiny import BYTES, CHATML, LLAMA3  # noqa: E402
 
 from minismoe.cli import probing  # noqa: E402
-from minismoe.cli.flags import AllocationConfig  # noqa: E402
+from minismoe.cli.flags import RunConfig  # noqa: E402
 from minismoe.data.tasks import encode_all, load_tasks  # noqa: E402
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer  # noqa: E402
 from minismoe.export.layouts import byte_level  # noqa: E402
@@ -162,10 +162,9 @@ class Fuzz:
     def allocation(self, rng: Rng) -> Any:
         whole = ALLOCATION.to_json()
         (self.case / "a.json").write_bytes(rng.text(rng.choice([whole, whole["experts"]])))
-        allocation, _ = probing.read_allocation(
-            AllocationConfig(rank=4, allocation=str(self.case / "a.json")))
-        if allocation:
-            add_experts(load_model(self.base), allocation)
+        allocation = probing.read_allocation(
+            RunConfig(rank=4, allocation=str(self.case / "a.json")))
+        add_experts(load_model(self.base), allocation)
 
     def lines(self, rng: Rng) -> Any:
         lines = [rng.text(line) if rng.random() < 0.3 else json.dumps(line).encode()
