@@ -1,10 +1,9 @@
 """The command line of export.py: its flags, and which of them contradict each other."""
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..export.settings import ExportConfig
 from ..export.weights import PRECISIONS
@@ -14,31 +13,6 @@ from .script import command
 NO_RUN = "runs holds no run yet (python train.py makes one)"
 TARGETS = {name: how.targets for name, how in PRECISIONS.items()} | {
     "web": ("ort",), "genai": ("ort", "portable")}       # layouts that not all targets have
-WORDS = ("layout", "precision", "routing", "target")     # flags that a message shows with the value
-NO_GRAPH = "--layout {layout} holds no graph"
-NO_ADAPTERS = "a base has no adapters (--prompts FILE calibrates 4 bits and NPUs)"
-STATIC = "--static fixes all sizes of layout onnx"
-# When flags have no effect, which ones, and why not.
-Row = tuple[Callable[[ExportConfig], Any], str, str]
-NO_EFFECT: tuple[Row, ...] = (
-    (lambda c: not c.graph, "target provider precision static context port block", NO_GRAPH),
-    (lambda c: c.layout == "hf" or c.layout == "peft" and c.routing == "dynamic", "routing",
-     NO_GRAPH),
-    (lambda c: c.model and c.layout == "peft", "run limit_test routing layout", NO_ADAPTERS),
-    (lambda c: c.model, "run limit_test routing", NO_ADAPTERS),
-    (lambda c: c.model and not c.vocab and (
-        not c.graph or c.precision in ("fp32", "fp16", "int8", "q8")), "prompts", NO_ADAPTERS),
-    (lambda c: c.target == "npu", "routing", "--target npu holds one merged model"),
-    (lambda c: c.static, "layout", STATIC),
-    (lambda c: c.static and c.target == "npu", "context", STATIC),
-    (lambda c: c.target == "npu" or c.static or c.layout == "web", "port",
-     "answer.c takes no fixed sizes and no web folders"),
-    (lambda c: c.layout == "peft", "vocab", "an adapter belongs to the base with all tokens"),
-    (lambda c: c.model and not c.prompts, "vocab",
-     "texts show which tokens are needed: give --prompts FILE"),
-    (lambda c: c.precision in ("fp32", "fp16", "q8") or c.target == "npu" and (
-        c.precision != "w4a16"), "block", "--precision {precision} of --target {target} has no "
-     "blocks"))
 
 
 def parse(argv: Sequence[str], description: str) -> ExportConfig:
@@ -49,10 +23,8 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig:
     parser = new_parser(description, {"export": ExportConfig})
     parser.add_argument("run", nargs="?", metavar="RUN", type=text,
                         help="folder of train.py (default: newest in runs)")
-    args = vars(parser.parse_args(argv))
-    config, given = from_flags(ExportConfig, args), {     # to give the default is never wrong
-        name: value for name, value in args.items() if value != parser.get_default(name)}
-    if wrong := without_effect(config, given):
+    config = from_flags(ExportConfig, vars(parser.parse_args(argv)))
+    if wrong := clashing_export_flags(config):
         parser.error(wrong)
     if config.run or config.model:
         return config
@@ -63,22 +35,52 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig:
         raise FileNotFoundError("no run in runs has finished; go on with the newest: "
                                 f"{command('train')} --resume --out "
                                 f"{shlex.quote(str(begun[-1].parent))}")
-    if wrong := without_effect(replace(config, model="the base"), given):
+    if wrong := clashing_export_flags(replace(config, model="the base")):
         raise ValueError(f"{NO_RUN}; {wrong}")
     return config
 
 
-def without_effect(config: ExportConfig, given: Mapping[str, Any]) -> str:
-    """Which flags contradict each other, and how to mend it; "" if none do."""
-    for applies, names, why in NO_EFFECT:
-        if wrong := [name for name in names.split() if name in given and applies(config)]:
-            flags = ["RUN" if name == "run" else f"{option(name)} {given[name]}" if (
-                name in WORDS) else option(name) for name in wrong]
-            return f"{why.format(**vars(config))}: leave out {' and '.join(flags)}"
-    needs = {f"--precision {config.precision}": TARGETS.get(config.precision),
-             f"--layout {config.layout}": TARGETS.get(config.layout),
-             "--static": config.static and ("portable", "npu"),
-             "--provider qnn": any(name.startswith("qnn") for name in config.provider or ()) and (
-                 "npu",)}
-    return next((f"{flag} needs --target {' or '.join(targets)}" for flag, targets in needs.items()
-                 if targets and config.target not in targets), "")
+def clashing_export_flags(c: ExportConfig) -> str:
+    """The sentence that says which flags do not go together, and how to mend it; "" if all do."""
+    no_graph = f"--layout {c.layout} holds no graph"
+    of_base = "a base has no adapters (--prompts FILE calibrates 4 bits and NPUs)"
+    fixed = "--static fixes all sizes of layout onnx"
+    exact = not c.graph or c.precision in ("fp32", "fp16", "int8", "q8")
+    no_blocks = c.precision in ("fp32", "fp16", "q8") or (
+        c.target == "npu" and c.precision != "w4a16")
+    no_effect = [                        # where something is so: flags that do nothing, and why
+        (not c.graph, "target provider precision static context port block", no_graph),
+        (c.layout == "hf", "routing", no_graph),
+        (c.layout == "peft" and c.routing == "dynamic", "routing", no_graph),
+        (c.model and c.layout == "peft", "run limit_test routing layout", of_base),
+        (c.model, "run limit_test routing", of_base),
+        (c.model and exact and not c.vocab, "prompts", of_base),
+        (c.target == "npu", "routing", "--target npu holds one merged model"),
+        (c.static, "layout", fixed),
+        (c.static and c.target == "npu", "context", fixed),
+        (c.target == "npu" or c.static or c.layout == "web", "port",
+         "answer.c takes no fixed sizes and no web folders"),
+        (c.layout == "peft", "vocab", "an adapter belongs to the base with all tokens"),
+        (c.model and not c.prompts, "vocab",
+         "texts show which tokens are needed: give --prompts FILE"),
+        (no_blocks, "block", f"--precision {c.precision} of --target {c.target} has no blocks")]
+    for is_so, names, why in no_effect:
+        given = [name for name in names.split() if getattr(c, name) != getattr(ExportConfig, name)]
+        if is_so and given:
+            return f"{why}: leave out {' and '.join(in_words(c, name) for name in given)}"
+    qnn = any(name.startswith("qnn") for name in c.provider or ())
+    for flag, targets in ((f"--precision {c.precision}", TARGETS.get(c.precision)),
+                          (f"--layout {c.layout}", TARGETS.get(c.layout)),
+                          ("--static", ("portable", "npu") if c.static else None),
+                          ("--provider qnn", ("npu",) if qnn else None)):
+        if targets and c.target not in targets:
+            return f"{flag} needs --target {' or '.join(targets)}"
+    return ""
+
+
+def in_words(config: ExportConfig, name: str) -> str:
+    """A flag as a message names it: with its value, if that is one of few."""
+    if name == "run":
+        return "RUN"
+    few = name in ("layout", "precision", "routing", "target")
+    return f"{option(name)} {getattr(config, name)}" if few else option(name)
