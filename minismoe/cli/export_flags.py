@@ -67,7 +67,7 @@ def clashing_export_flags(c: ExportConfig) -> str:
     for is_so, names, why in no_effect:
         given = [name for name in names.split() if getattr(c, name) != getattr(ExportConfig, name)]
         if is_so and given:
-            return f"{why}: leave out {' and '.join(in_words(c, name) for name in given)}"
+            return f"{why}: leave out {' and '.join(as_typed(c, name) for name in given)}"
     qnn = any(name.startswith("qnn") for name in c.provider or ())
     for flag, targets in ((f"--precision {c.precision}", TARGETS.get(c.precision)),
                           (f"--layout {c.layout}", TARGETS.get(c.layout)),
@@ -78,7 +78,7 @@ def clashing_export_flags(c: ExportConfig) -> str:
     return ""
 
 
-def in_words(config: ExportConfig, name: str) -> str:
+def as_typed(config: ExportConfig, name: str) -> str:
     """A flag as a message names it: with its value, if that is one of few."""
     if name == "run":
         return "RUN"
