@@ -161,7 +161,7 @@ def test_a_run_is_judged_as_it_ships(run: Path, tmp_path: Path) -> None:
         assert info["checked"]["exact_match"][task]["fp32"] == pytest.approx(
             sum(judged["right"]) / count, abs=1e-4)
         assert results["tasks"][task]["after"] == round(sum(judged["right"]) / count, 4)
-        assert judged["wrong"]
+        assert any(line["given"].strip() for line in judged["wrong"])
         for line in judged["wrong"]:
             asked = [{"role": "user", "content": line["prompt"]}]
             assert answer_of(generator, asked, 20).startswith(line["given"].strip())
