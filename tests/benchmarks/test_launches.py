@@ -13,7 +13,7 @@ from minismoe.model.decoder import CausalLM, Config
 
 @pytest.mark.parametrize("side, dtype, most", [
     ("mixture", torch.bfloat16, 297), ("mixture", torch.float32, 239),
-    ("LoRA", torch.bfloat16, 143), ("LoRA", torch.float32, 120), ("probe", torch.bfloat16, 103)])
+    ("LoRA", torch.bfloat16, 143), ("LoRA", torch.float32, 120), ("probe", torch.bfloat16, 110)])
 def test_a_layer_starts_few_kernels_and_a_step_waits_once(side, dtype, most) -> None:
     layer, besides, waits = launches.kernels(side, dtype)
     assert 0 < layer.total() <= most, layer
