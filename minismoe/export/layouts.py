@@ -238,32 +238,15 @@ def write_genai(out: Path, context: int, share_buffer: bool = True) -> None:
 
 def write_web(out: Path, model: CausalLM, form: GraphFormat, stops: Sequence[int]) -> str:
     """Write the decoder where transformers.js looks for it, name it in out/config.json, and add the
-    page that loads it. Returns its place in the folder.
-
-    Several precisions can go to the same folder: the last one is the default; q8 is for WASM alone.
-    """
-    write_page(out)
+    page that loads it. Returns its place in the folder."""
+    shutil.copytree(Path(__file__).with_name("page"), out, dirs_exist_ok=True)
     dtype, suffix = WEB_DTYPES[form.precision]
     name = f"model{suffix}.onnx"
     (out / "onnx").mkdir(exist_ok=True)
     write_decoder(out / "onnx" / name, model, form, stops)
     config = read_json(out / "config.json")
-    ours = config.setdefault("transformers.js_config", {})
-    ours["dtype"] = dtype
-    if dtype != "q8":
-        ours["device_config"] = {"webgpu": {"dtype": dtype}}
-    ours.setdefault("use_external_data_format", {})[name] = 1        # how many data files
-    ours.setdefault("kv_cache_dtype", {})[dtype] = str(form.dtype)[6:]       # version 3 asks for it
+    config["transformers.js_config"] = {
+        "dtype": dtype, "use_external_data_format": {name: 1},           # how many data files
+        "kv_cache_dtype": {dtype: str(form.dtype)[6:]}}      # version 3 asks for it
     write_json(out / "config.json", config)
     return f"onnx/{name}"
-
-
-def write_page(out: Path) -> None:
-    """Write index.html, with its scripts inside, and the service worker that opens it offline."""
-    def content(name: str) -> str:
-        return (Path(__file__).with_name("page") / name).read_text(encoding="utf-8")
-
-    html = re.sub(r' src="(\w+\.js)">', lambda script: f">\n{content(script[1])}",
-                  content("index.html"))
-    (out / "index.html").write_text(html, encoding="utf-8")
-    (out / "offline.js").write_text(content("offline.js"), encoding="utf-8")

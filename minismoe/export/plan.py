@@ -15,20 +15,16 @@ CHECKED = 8                              # prompts on which an export must agree
 HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
 
 
-def resolved(config: ExportConfig, source: Source) -> list[ExportConfig]:
-    """The settings of each graph or folder of weights: those asked for, with values in place of
-    defaults. Layout web holds two graphs by default, the second of them for WASM. Raises ValueError
-    for what does not fit the model or its texts."""
-    both = config.layout == "web" and config.precision == "auto"
-    has_texts = bool(config.prompts or source.examples)
-    graphs = [with_precision(graph, has_texts)
-              for graph in [replace(config, precision="q4f16")] * both + [config]]
+def resolved(config: ExportConfig, source: Source) -> ExportConfig:
+    """The settings asked for, with values in place of defaults. Raises ValueError for what does not
+    fit the model or its texts."""
+    config = with_precision(config, bool(config.prompts or source.examples))
     context, static = sizes_of(config, source)
-    for graph in graphs if config.graph else ():
-        refuse(source.trained.config, graph.target, graph.block or BLOCK, static)
+    if config.graph:
+        refuse(source.trained.config, config.target, config.block or BLOCK, static)
     norm = source.trained.model.norm.weight              # in the dtype that the model computes in
-    return [replace(graph, context=context, static=static, device=str(norm.device),
-                    dtype=str(norm.dtype).removeprefix("torch.")) for graph in graphs]
+    return replace(config, context=context, static=static, device=str(norm.device),
+                   dtype=str(norm.dtype).removeprefix("torch."))
 
 
 def with_precision(config: ExportConfig, has_texts: bool) -> ExportConfig:

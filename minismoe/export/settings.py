@@ -51,8 +51,8 @@ class ExportConfig:
     precision: str = flag("auto", "how weights are stored. int4-8: 4 bits, embedding and head 8. "
                           "int4, int8: all alike. q8: 8 bits with a scale a row, for browsers; "
                           "q4f16: int4 with float16 activations, for WebGPU in browsers. w8a16, "
-                          "w4a16: for NPUs. auto (default): int4-8; for --layout web both q8 and "
-                          "q4f16, of which the browser loads one", choices=("auto", *PRECISIONS))
+                          "w4a16: for NPUs. auto (default): int4-8; q8 for --layout web",
+                          choices=("auto", *PRECISIONS))
     block: int | None = flag(
         None, "weights that share a scale, in 8 or 4 bits (default: 32; 64 is smaller and faster, "
         "and loses more)", int, choices=BLOCKS)

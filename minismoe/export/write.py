@@ -10,7 +10,7 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from ..io.files import last_part, must_be_new, replacing, sha256, sha256_of_parts, write_json
+from ..io.files import last_part, must_be_new, replacing, sha256, write_json
 from ..method.experts import expert_layers
 from ..model.checkpoint import versions
 from ..model.decoder import CausalLM
@@ -27,8 +27,6 @@ from .settings import ExportConfig, Source
 from .ship import Part, in_float32, ship
 from .table import splitting, write_port
 
-SHARD = 64_000_000                           # bytes
-
 
 def export_model(config: ExportConfig, source: Source,
                  out: str | Path | None = None) -> tuple[Path, dict[str, Any]]:
@@ -38,27 +36,22 @@ def export_model(config: ExportConfig, source: Source,
     do not fit the model, or if the folder does not compute what PyTorch does; FileExistsError if
     the folder is there.
     """
-    configs = resolved(config, source)
-    config = configs[-1]
+    config = resolved(config, source)
     name = "-".join([config.routing, config.layout] + [config.precision] * config.graph)
     out = Path(out or config.out or source.run / "export" / name)
     must_be_new(out)
     samples = shuffled_samples(config, source)
-    for each in configs:
-        print(in_words(each, bool(samples)))
+    print(in_words(config, bool(samples)))
     with replacing(out, folder=True) as folder:
         layouts.copy_base_files(source.base, folder, whole=config.layout != "peft")
         if config.port:                      # may refuse the tokenizer, and the chat template
             splitting(folder)
             prompt(source)
         reference_fp32 = in_float32(source)
-        if any(c.graph and c.form.dtype == torch.float16 for c in configs):
+        if config.graph and config.form.dtype == torch.float16:
             refuse_float16(reference_fp32, check_prompts(source))
-        *others, info = [write(ship(each, source, reference_fp32, samples), source, folder,
-                               reference_fp32) for each in configs]
-        for other in others:                 # of a web folder
-            info["other_graph"] = {name: other[name] for name in (
-                "arguments", "checked", "cache_type", "contract") if name in other}
+        part = ship(config, source, reference_fp32, samples)
+        info = write(part, source, folder, reference_fp32)
         return out, record(info, folder)
 
 
@@ -113,8 +106,6 @@ def record(info: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if f.is_file() and f != folder / "export.json":
             size, name = f.stat().st_size, f.relative_to(folder).as_posix()
             files[name] = {"bytes": size, "sha256": sha256(f)}
-            if info["layout"] == "web" and size > SHARD:     # a page checks it part by part
-                files[name]["shards"] = {"bytes": SHARD, "sha256": sha256_of_parts(f, SHARD)}
     content = {**info, "bytes": sum(file["bytes"] for file in files.values()), "files": files}
     write_json(folder / "export.json", content)
     return content

@@ -152,9 +152,3 @@ def sha256(file: Path) -> str:
     """SHA-256 of a file's content."""
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sha256_of_parts(file: Path, size: int) -> list[str]:
-    """SHA-256 of each `size` bytes of a file, in order."""
-    with file.open("rb") as f:
-        return [hashlib.sha256(part).hexdigest() for part in iter(lambda: f.read(size), b"")]

@@ -27,7 +27,6 @@ def read_info(folder: Path, verify: bool = False) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} has no export.json; export.py --layout onnx writes one")
     info = read_json(file)
     try:
-        info |= info.get("other_graph", {})  # that of layout web for GPUs is the faster one on CPUs
         for name, good in _checks(info):
             if not good:
                 raise ValueError(f"{name} {info.get(name)!r}")

@@ -100,7 +100,7 @@ def graph_of(source: Source, part: Part, folder: Path) -> tuple[Generator, float
 
 def parts_of(run: Path, source: Source, ways: Sequence[str]) -> list[Part]:
     """What ships of a run in some ways that differ in their flags alone."""
-    configs = [resolved(parse([str(run), *WAYS[way][0].split()], ""), source)[-1] for way in ways]
+    configs = [resolved(parse([str(run), *WAYS[way][0].split()], ""), source) for way in ways]
     _, lines, even = WAYS[ways[0]]
     samples = shuffled_samples(configs[0], source)
     usual, calibration.EVEN = calibration.EVEN, even

@@ -556,19 +556,14 @@ def test_calibration_takes_a_share_of_the_tokens(run: Path, monkeypatch) -> None
             assert len(rows) >= 2 and (tokens == 1 or len(rows) > 5)
 
 
-def test_a_browser_gets_one_graph_for_wasm_and_one_for_webgpu(
-        run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_is_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     info = ship(tmp_path / "web", run, "--layout web")
     said = capsys.readouterr().out
-    assert "writes q4f16 in blocks of 32; --precision" in said and "writes q8; --precision" in said
+    assert "writes q8; --precision" in said
     assert f"python -m minismoe.runtime {tmp_path / 'web'} --serve" in said
-    assert info["precision"] == "q8" and "index.html" in info["files"]
-    other = info["other_graph"]
-    assert (info["arguments"]["precision"], other["arguments"]["precision"]) == ("q8", "q4f16")
-    assert other["checked"]["logits_error"] != info["checked"]["logits_error"]
-    assert {f"onnx/model_{name}.onnx_data" for name in ("quantized", "q4f16")} <= {*info["files"]}
+    assert {"index.html", "onnx/model_quantized.onnx_data"} <= {*info["files"]}
     assert known_tasks(tmp_path / "web").keys() == {"number", "twice"}
-    assert read_info(tmp_path / "web", verify=True)["cache_type"] == "float16"   # of q4f16
+    assert read_info(tmp_path / "web", verify=True)["precision"] == "q8"
 
 
 # --- Broken exports ------------------------------------------------------------------------------

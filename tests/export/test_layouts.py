@@ -386,15 +386,14 @@ NODE_MODULES = os.environ.get("MINISMOE_NODE_MODULES", "")
 SCRIPT = """
 import { createRequire } from "node:module";
 import path from "node:path";
-const [modules, folder, chat, limit, dtype] = process.argv.slice(2);
+const [modules, folder, chat, limit] = process.argv.slice(2);
 const { AutoModelForCausalLM, AutoTokenizer, TextStreamer, env } =
     createRequire(path.join(modules, "x.js"))("@huggingface/transformers");
 env.allowRemoteModels = false;
 env.localModelPath = path.dirname(folder) + "/";
 const name = path.basename(folder);
 const session_options = { intraOpNumThreads: 1 };
-const model = await AutoModelForCausalLM.from_pretrained(
-    name, dtype ? { dtype, session_options } : { session_options });
+const model = await AutoModelForCausalLM.from_pretrained(name, { session_options });
 const tokenizer = await AutoTokenizer.from_pretrained(name);
 const inputs = tokenizer.apply_chat_template(
     JSON.parse(chat), { add_generation_prompt: true, return_dict: true });
@@ -412,22 +411,21 @@ needs_node = pytest.mark.skipif(
     reason="MINISMOE_NODE_MODULES names no node_modules with @huggingface/transformers")
 
 
-def web_says(folder: Path, dtype: str = "") -> dict[str, Any]:
+def web_says(folder: Path) -> dict[str, Any]:
     """Prompt ids, new ids and the streamed text, by transformers.js in Node."""
     (folder.parent / "says.mjs").write_text(SCRIPT)
     command = ["node", folder.parent / "says.mjs", NODE_MODULES, folder, json.dumps(CHAT),
-               str(LIMIT), dtype]
+               str(LIMIT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def web_folder(run: Run, web: Path, block: int = 32) -> Path:
-    """The layout of transformers.js, of a merged run in four precisions."""
+def web_folder(run: Run, web: Path, precision: str = "fp32", block: int = 32) -> Path:
+    """The layout of transformers.js, of a merged run."""
     copy_base_files(run.base, web)
-    for precision in ("fp32", "fp16", "q8", "int4"):
-        form = GraphFormat("ort", precision, CONTEXT, block)
-        write_web(web, stored(run.merged, form), form, load_tokenizer(run.base).stop_ids)
+    form = GraphFormat("ort", precision, CONTEXT, block)
+    write_web(web, stored(run.merged, form), form, load_tokenizer(run.base).stop_ids)
     return web
 
 
@@ -443,27 +441,26 @@ def test_what_a_base_says_for_transformers_js(run: Run, tmp_path: Path, theirs: 
     write_web(tmp_path / "out", run.merged, GraphFormat("ort", "fp32", CONTEXT), [])
     found = read_json(tmp_path / "out/config.json")["transformers.js_config"]
     assert found == {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1},
-                     "kv_cache_dtype": {"fp32": "float32"},
-                     "device_config": {"webgpu": {"dtype": "fp32"}}}
+                     "kv_cache_dtype": {"fp32": "float32"}}
 
 
 @needs_node
-@pytest.mark.parametrize("block", [32, 64, 128])
-def test_transformers_js_says_the_same(any_run: Run, tmp_path: Path, block: int) -> None:
-    """Precisions in one folder: three are asked for by name, int4 is what the config says."""
-    web, tokenizer = web_folder(any_run, tmp_path / "web", block), load_tokenizer(any_run.base)
-    data = read_json(web / "config.json")["transformers.js_config"][
-        "use_external_data_format"]                  # Node finds the data without, a browser not
-    assert {file.name for file in (web / "onnx").iterdir()} == {
-        *data, *(f"{name}_data" for name in data)} and len(data) == 4
-    assert web_says(web, "fp32") == {
-        "prompt": any_run.prompt, "tokens": [*any_run.tokens, tokenizer.stop_ids[-1]],
-        "text": any_run.text}
-    assert web_says(web, "fp16")["tokens"][0] == any_run.tokens[0]
-    assert web_says(web, "q8")["tokens"] == greedy(
-        any_run, Runner(web / "onnx/model_quantized.onnx"))
-    assert web_says(web)["tokens"] == greedy(
-        any_run, Runner(web / "onnx/model_q4.onnx"))
+@pytest.mark.parametrize("precision, block", [
+    ("fp32", 32), ("fp16", 32), ("q8", 32), ("int4", 32), ("int4", 64), ("int4", 128)])
+def test_transformers_js_says_the_same(any_run: Run, tmp_path: Path, precision: str,
+                                       block: int) -> None:
+    web, run = web_folder(any_run, tmp_path / "web", precision, block), any_run
+    (name, count), = read_json(web / "config.json")["transformers.js_config"][
+        "use_external_data_format"].items()          # Node finds the data without, a browser not
+    assert {file.name for file in (web / "onnx").iterdir()} == {name, f"{name}_data"} and count == 1
+    said = web_says(web)
+    if precision == "fp32":
+        stop = load_tokenizer(run.base).stop_ids[-1]
+        assert said == {"prompt": run.prompt, "tokens": [*run.tokens, stop], "text": run.text}
+    elif precision == "fp16":
+        assert said["tokens"][0] == run.tokens[0]
+    else:
+        assert said["tokens"] == greedy(run, Runner(web / "onnx" / name))
 
 
 @needs_node

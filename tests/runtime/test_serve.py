@@ -16,7 +16,7 @@ def web(folders, tmp_path) -> Path:
     """An exported folder with a page, and files that are not for browsers."""
     folder = shutil.copytree(folders["ort"], tmp_path / "web")
     (folder / "index.html").write_text("a page")
-    (folder / "offline.js").write_text("a script")
+    (folder / "page.js").write_text("a script")
     describe(folder)
     return folder
 
@@ -45,7 +45,7 @@ def test_browsers_of_this_machine_get_files_of_the_folder(web, signals) -> None:
         assert headers["Cross-Origin-Embedder-Policy"] == "require-corp"
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert headers["Cache-Control"] == "no-cache"
-        assert get("/offline.js")[1]["Content-Type"].startswith("text/javascript")
+        assert get("/page.js")[1]["Content-Type"].startswith("text/javascript")
         for path in ("/../secret", "/link", "/vendor/", "/nothing", "/.env", "/.git/config",
                      "/vendor/.env", "/%2eenv", "/vendor/../.env"):
             status, _, content = get(path)

@@ -1,13 +1,10 @@
 // Answers of the model: tokens one after another, or the likeliest of a set.
 
 const BURST = 200;                       // ms: "stop" is heard between calls of the model
-const LEAST = 0.05;
 
 // What the model has read, with its keys and values. A text that begins like the last one, as in a
 // chat that goes on, is read from the first token that differs.
-class Reader {
-  anew = 0;                              // tokens that were read, those of the past excluded
-
+export class Reader {
   // most: tokens that are read at once.
   constructor(model, { DynamicCache, Tensor }, most) {
     Object.assign(this, { model, DynamicCache, Tensor, most, read: [], past: new DynamicCache() });
@@ -20,7 +17,6 @@ class Reader {
     let same = ids.findIndex((id, i) => id !== this.read[i]);
     if (same < 0) same = ids.length - 1;             // the last token is read again for its logits
     if (same < this.read.length) await this.cut(same);
-    this.anew += ids.length - this.read.length;
     for (;;) {
       const start = this.read.length, part = ids.slice(start, start + this.most);
       const seen = start + part.length, last = seen === ids.length;
@@ -64,39 +60,33 @@ class Reader {
   }
 }
 
-// The tokens that follow `ids`, as they come: at most `room`, and the one of `stops` that ends them.
-async function* answer(reader, ids, room, stops, temperature, stopped) {
-  const greedy = !temperature;
+// The tokens that follow `ids`, as they come, each the likeliest: at most `room`, and the one of
+// `stops` that ends them.
+export async function* answer(reader, ids, room, stops, stopped) {
   const { port1, port2 } = new MessageChannel();
-  for (let count = 1, found; room > 0 && !stopped(); room -= found.length) {
+  for (let count = 1; room > 0 && !stopped();) {
     const start = performance.now(), result = await reader.after(ids, count, stopped);
     if (!result) return;
-    found = greedy && reader.several ? result.chosen : [next(result.logits, temperature)];
+    const found = reader.several ? result.chosen : [likeliestToken(result.logits)];
     yield found;
     if (stops.includes(found.at(-1))) return;
     ids = [...ids, ...found];
+    room -= found.length;
     const fit = Math.floor(BURST * found.length / (performance.now() - start));
-    count = greedy ? Math.min(room - found.length, Math.max(1, Math.min(fit, 16))) : 1;
+    count = Math.max(1, Math.min(room, fit, 16));
     await new Promise(done => { port1.onmessage = done; port2.postMessage(null); });
   }
 }
 
-// The next token by its logits: the likeliest or, with a temperature, one that is drawn among those
-// at least LEAST times as likely.
-function next(logits, temperature) {
+function likeliestToken(logits) {
   const best = logits.reduce((best, score, id) => score > logits[best] ? id : best, 0);
   if (Number.isNaN(logits[best])) throw new Error("the model's logits are not numbers");
-  if (!temperature) return best;
-  const masses = Float64Array.from(logits, score => Math.exp((score - logits[best]) / temperature))
-    .map(mass => mass < LEAST ? 0 : mass);
-  let left = Math.random() * masses.reduce((sum, mass) => sum + mass, 0);
-  const drawn = masses.findIndex(mass => (left -= mass) < 0);
-  return drawn < 0 ? best : drawn;                   // the sum was rounded
+  return best;
 }
 
 // The answers of a set as the chat template writes them after a question, sorted by their tokens:
 // [{ text, tokens }], with the token that ends an answer.
-function answerTokens(tokenizer, choices, stops) {
+export function answerTokens(tokenizer, choices, stops) {
   const render = (messages, prompt) => tokenizer.apply_chat_template(
     messages, { tokenize: false, add_generation_prompt: prompt });
   const encode = text => tokenizer.encode(text, { add_special_tokens: false });
@@ -117,8 +107,9 @@ function answerTokens(tokenizer, choices, stops) {
 }
 
 // Best-first search, as in minismoe/runtime/choices.py: the likeliest beginning is read on until
-// `best` answers are whole. Gives [{ text, probability }], the likeliest first: among all answers.
-async function likeliest(reader, ids, answers, best, stopped) {
+// `best` answers are whole. Gives [{ text, probability }], the likeliest first: among all answers;
+// undefined if `stopped()` in between.
+export async function likeliest(reader, ids, answers, best, stopped) {
   const found = [], heap = [{ loss: 0, group: answers }];
   while (heap.length && found.length < best) {
     const { loss, group } = heap.shift();
@@ -129,7 +120,7 @@ async function likeliest(reader, ids, answers, best, stopped) {
     const [first, last] = [group[0].tokens, group.at(-1).tokens];    // they are sorted: what these
     const shared = first.findIndex((id, i) => id !== last[i]);       // two share, all do
     const result = await reader.after([...ids, ...first.slice(0, shared)], 1, stopped);
-    if (!result || stopped()) return [];
+    if (!result || stopped()) return undefined;
     const parts = Map.groupBy(group, answer => answer.tokens[shared]);
     const scores = [...parts.keys()].map(id => result.logits[id]), highest = Math.max(...scores);
     const total = highest + Math.log(scores.reduce((sum, s) => sum + Math.exp(s - highest), 0));

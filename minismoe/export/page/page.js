@@ -1,18 +1,13 @@
 // The page: what is shown and typed. The worker loads the model and answers.
 
 const $ = Object.fromEntries([...document.querySelectorAll("[id]")].map(e => [e.id, e]));
-const HOME = new URL("./", location.href).href;
-const LARGE = 1e9;                       // bytes of memory: the page asks before it takes more
+const worker = new Worker("worker.js", { type: "module" });
 
-let worker, state, tasks = {}, messages = [], question, setting = "";
-
-const MB = bytes => bytes < 1e9 ? `${Math.ceil(bytes / 1e6)} MB` : `${(bytes / 1e9).toFixed(1)} GB`;
+let state, tasks = {}, messages = [], typed, bubbles, setting;
 
 function say(text, wrong = false) {
   $.status.textContent = text;
-  $.status.title = "";
-  $.below.className = wrong ? "wrong" : "";
-  $.progress.hidden = $.go.hidden = true;
+  $.status.className = wrong ? "wrong" : "";
 }
 
 // loading, ready, answering, or broken: then only a reload helps.
@@ -23,160 +18,100 @@ function enter(next) {
   $.send.disabled = $.anew.disabled = $.task.disabled = next !== "ready";
 }
 
-function show(role, text) {
-  const p = Object.assign(document.createElement("p"), { className: role, textContent: text });
-  $.log.append(p);
-  p.scrollIntoView();
-  return p;
+function show(tag, className, ...content) {
+  const element = Object.assign(document.createElement(tag), { className });
+  element.append(...content);
+  $.log.append(element);
+  element.scrollIntoView();
+  return element;
 }
 
-function broken(text) {
-  worker?.terminate();                   // or else its progress would overwrite the message
-  if (state === "answering") takeBack();
-  enter("broken");
-  say(text, true);
+// A task reads each message by itself, behind its instruction.
+function ask() {
+  typed = $.text.value.trim();
+  if (!typed || state !== "ready") return;
+  const task = tasks[$.task.value], instruction = task?.instruction ?? "";
+  if (task) messages = [];
+  messages.push({
+    role: "user", content: typed.startsWith(instruction) ? typed : instruction + typed });
+  bubbles = [show("p", "user", typed), show("p", "assistant")];
+  $.text.value = "";
+  enter("answering");
+  say("Answering");
+  worker.postMessage({ does: task?.choices.length ? "choose" : "ask", messages,
+                       choices: task?.choices });
+}
+
+function answered(text, figures) {
+  messages.push({ role: "assistant", content: text });
+  enter("ready");
+  say(`${figures} on ${setting}`);
 }
 
 // Takes back a question that got no answer, from the log and from the chat.
 function takeBack() {
   messages.pop();
-  question.bubbles.forEach(bubble => bubble.remove());
-  $.text.value ||= question.text;
+  bubbles.forEach(bubble => bubble.remove());
+  $.text.value ||= typed;
+  enter("ready");
 }
 
 const hear = {
-  plan({ model, tasks: known, lacking, memory, keeps }) {
+  known({ model, tasks: theirs }) {
     document.title = $.name.textContent = model.split("/").filter(Boolean).at(-1);
-    $.forget.disabled = !keeps;
-    tasks = known;
+    tasks = theirs;
     const options = Object.keys(tasks).map(name => new Option(name));
     $.task.replaceChildren(...options, new Option("Chat", ""));
-    $.task.hidden = !Object.keys(tasks).length;
-    const go = () => {
-      say("Loading");
-      $.progress.hidden = false;
-      if (keeps && lacking) navigator.storage.persist?.().catch(() => {});   // before it is filled
-      worker.postMessage({ does: "go" });
-    };
-    if (!lacking || memory < LARGE) return go();
-    say(`${MB(lacking)} to load, and about ${MB(memory)} of this device's memory`);
-    $.go.hidden = false;
-    $.go.onclick = go;
+    $.task.hidden = !options.length;
   },
-  progress({ loaded, total, cdn }) {
-    $.progress.value = loaded / total;
-    say(`Loading ${MB(loaded)} of ${MB(total)}${cdn && `, transformers.js from ${cdn}`}`);
-    $.progress.hidden = false;
+  progress({ loaded, total }) {
+    say(loaded < total ? `Loading ${(loaded / 1e6).toFixed(0)} of ${(total / 1e6).toFixed(0)} MB`
+                       : "Loading: the model starts");
   },
-  starting() {
-    $.progress.removeAttribute("value");
-    say("Loading: the model starts");
-    $.progress.hidden = false;
-  },
-  // A GPU that the model does not start on.
-  gpuFailed() { begin("this GPU does not start the model"); },
-  ready({ on, threads, lacks, keeps }) {
-    setting = on === "WASM" ? `${on}, ${threads} thread${threads > 1 ? "s" : ""}` : on;
-    if (lacks) setting += `, as ${lacks}`;
-    if (on === "WASM" && !crossOriginIsolated) {
-      setting += "; one only, as the server sends no COOP and COEP headers: use --serve";
-    }
+  ready({ on }) {
+    setting = on;
     enter("ready");
-    say(`Ready on ${setting}${keeps ? "" : "; not kept for the next time"}`);
+    say(`Ready on ${setting}`);
   },
   text({ text }) {
-    const { bubbles: [, bubble] } = question;
-    const below = $.log.scrollHeight - $.log.scrollTop - $.log.clientHeight < 40;
-    bubble.textContent += bubble.textContent ? text : text.trimStart();  // no space before it
-    if (below) bubble.scrollIntoView({ block: "end" });
+    bubbles[1].textContent = text.trimStart();
+    bubbles[1].scrollIntoView({ block: "end" });
   },
-  done({ read, length, context, first, tokens, seconds }) {
-    if (tokens) messages.push({ role: "assistant", content: question.bubbles[1].textContent });
-    else takeBack();
-    enter("ready");
+  done({ first, tokens, seconds }) {
     const speed = tokens > 1 ? `, ${((tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
-    say(tokens ? `First token after ${first.toFixed(2)} s${speed} on ${setting}` : "Stopped");
-    $.status.title = `The chat has ${length} of ${context} tokens; ${read} of them were new`;
+    answered(bubbles[1].textContent, `First token after ${first.toFixed(2)} s${speed}`);
   },
   // The likeliest answers of a task's set, each with its probability.
   chosen({ best, seconds }) {
-    if (best.length) {
-      question.bubbles[1].textContent = best[0].text;
-      messages.push({ role: "assistant", content: best[0].text });
-      const odds = Object.assign(document.createElement("div"), { className: "odds" });
-      odds.append(...best.flatMap(({ text, probability }) => [
-        Object.assign(document.createElement("span"), { textContent: text }),
-        Object.assign(document.createElement("meter"), { value: probability }),
-        Object.assign(document.createElement("span"),
-                      { textContent: `${(100 * probability).toFixed(1)} %` })]));
-      $.log.append(odds);
-      odds.scrollIntoView();
-    } else {
-      takeBack();
-    }
-    enter("ready");
-    say(best.length ? `Answered after ${seconds.toFixed(2)} s on ${setting}` : "Stopped");
+    bubbles[1].textContent = best[0].text;
+    show("div", "odds", ...best.flatMap(({ text, probability }) => [
+      Object.assign(document.createElement("span"), { textContent: text }),
+      Object.assign(document.createElement("meter"), { value: probability }),
+      Object.assign(document.createElement("span"),
+                    { textContent: `${(100 * probability).toFixed(1)} %` })]));
+    answered(best[0].text, `Answered after ${seconds.toFixed(2)} s`);
+  },
+  stopped() {
+    takeBack();
+    say("Stopped");
   },
   failed({ text, fatal }) {
-    if (fatal) return broken(state === "loading" ? text : `${text}: reload the page`);
-    takeBack();
-    enter("ready");
-    say(text, true);
+    if (state === "answering") takeBack();
+    say(fatal && state !== "loading" ? `${text}: reload the page` : text, true);
+    if (fatal) enter("broken");
   },
 };
 
-function ask() {
-  const text = $.text.value.trim(), name = $.task.value, task = tasks[name];
-  if (!text || state !== "ready") return;
-  if (task) messages = [];               // a task reads each message by itself
-  messages.push({ role: "user", content: text.startsWith(task?.instruction ?? "") ? text
-                                                             : task.instruction + text });
-  question = { text, bubbles: [show("user", text), show("assistant", "")] };
-  $.text.value = "";
-  enter("answering");
-  say("Answering");
-  if (task?.choices.length) {
-    worker.postMessage({ does: "choose", messages, task: name, choices: task.choices });
-  } else {
-    const { valueAsNumber: value, max } = $.temperature;
-    worker.postMessage({ does: "ask", messages, temperature: Math.min(max, Math.max(0, value || 0)) });
-  }
-}
-
-// lacks: why the GPU is to be left alone.
-function begin(lacks) {
-  worker?.terminate();
-  const source = [...document.querySelectorAll("script.worker")].map(part => part.textContent);
-  const url = URL.createObjectURL(new Blob(source, { type: "text/javascript" }));
-  worker = new Worker(url, { type: "module" });
-  worker.onerror = ({ message }) => broken(`${message}: reload the page`);
-  worker.onmessage = ({ data }) => hear[data.is](data);
-  worker.postMessage({ does: "load", home: HOME, lacks });
-  enter("loading");
-  navigator.serviceWorker?.register("offline.js").catch(() => {});   // or else: not offline
-}
-
-// Frees what this browser keeps of the model, and lets nothing open the page offline.
-async function forget() {
-  worker.terminate();
-  await caches.delete(`minismoe ${HOME}`);
-  await (await navigator.serviceWorker?.getRegistration())?.unregister();
-  enter("broken");
-  say("This browser keeps nothing of the model any more: reload the page to load it again");
-}
-
+worker.onmessage = ({ data }) => hear[data.is](data);
+worker.onerror = ({ message }) => hear.failed({ text: message, fatal: true });
 $.form.onsubmit = event => {
   event.preventDefault();
   ask();
 };
 $.text.onkeydown = event => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-    event.preventDefault();
-    ask();
-  }
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) $.form.onsubmit(event);
 };
 $.stop.onclick = () => worker.postMessage({ does: "stop" });
-$.forget.onclick = forget;
 $.task.onchange = $.anew.onclick = () => {
   messages = [];
   $.log.replaceChildren();
@@ -184,4 +119,4 @@ $.task.onchange = $.anew.onclick = () => {
 };
 document.onkeydown = event => { if (event.key === "Escape" && !$.stop.hidden) $.stop.click(); };
 
-begin();
+enter("loading");

@@ -1,53 +1,47 @@
 // The page's worker: it loads the model with transformers.js and answers the page's messages.
 
-// Bytes of memory that a tab takes for a byte of weights: WASM turns each into a float as it loads,
-// and computes with copies of them.
-const TAKEN = { wasm: 13, webgpu: 3 };
+import { Reader, answer, answerTokens, likeliest } from "./answer.js";
+
+const HOME = new URL("./", self.location).href;
+const LIBRARY = "@huggingface/transformers", VERSION = "4.3.1";
+const FOR_WASM = ["q8", "fp32"];         // precisions; the others are for WebGPU
 // Says that the next character is text, whatever it looks like; Unicode keeps it for such uses.
 const MARK = "\ufdd0", MARKED = /((?:\ufdd0.)+)/su;
 
-let files, reader, tokenizer, streamerOf, context, system, stops, go, answers = {}, stopped = false;
+let reader, tokenizer, context, system, stops, stopped = false;
 
 const post = (is, data) => self.postMessage({ is, ...data });
-const does = {
-  load, ask, choose,
-  go: () => go(),
-  stop: () => { stopped = true; },
-};
+const does = { ask, choose, stop: async () => { stopped = true; } };
 
-self.onmessage = ({ data }) => does[data.does](data)
-  ?.catch(error => post("failed", { text: inOneLine(error), fatal: data.does === "load" }));
-self.onunhandledrejection = ({ reason }) => post("failed", { text: inOneLine(reason), fatal: true });
+self.onmessage = ({ data }) => does[data.does](data).catch(error => failed(error, false));
+self.onunhandledrejection = ({ reason }) => failed(reason, true);
 
-async function load({ home, lacks: reason }) {
-  files = new Files(home);
-  const info = await files.open(), config = json(await files.bytes("config.json"));
-  const tasks = files.listed["tasks.json"] ? json(await files.bytes("tasks.json")) : {};
-  const { dtype, gpu, lacks } = await device(config["transformers.js_config"], reason);
-  const graph = `onnx/model${{ fp32: "", q8: "_quantized" }[dtype] ?? `_${dtype}`}.onnx`;
-  const library = [SCRIPT, ...["mjs", "wasm"].map(end => `${RUNTIME}${gpu ? ".asyncify" : ""}.${end}`)];
-  const names = [...library, graph, `${graph}_data`, ...Object.keys(files.listed)
-    .filter(name => /^[^/]+\.(json|jinja)$/.test(name))];
-  const lacking = await files.lacking(names);
-  post("plan", { model: info.model, tasks, lacking, keeps: files.keeps,
-                 memory: files.listed[`${graph}_data`].bytes * TAKEN[gpu ? "webgpu" : "wasm"] });
-  await new Promise(done => { go = done; });
-  const total = names.reduce((sum, name) => sum + files.listed[name].bytes, 0), content = {};
-  let loaded = 0;
-  files.seen = bytes => post("progress", { loaded: loaded += bytes, total, cdn: files.cdn });
-  for (const name of names) content[name] = await files.bytes(name);
-  post("starting");
+function failed(error, fatal) {
+  const text = String(error?.message ?? error).split("\n")[0];
+  const full = error instanceof RangeError || typeof error === "number"        // a C++ exception
+    || /out of memory|bad_alloc|failed to alloc/i.test(text);
+  post("failed", { text: full ? "too little memory for this model" : text, fatal });
+}
+
+async function load() {
+  const json = async name => JSON.parse(new TextDecoder().decode(await file(name)));
+  const info = await json("export.json");
+  post("known", { model: info.model, tasks: info.files["tasks.json"] ? await json("tasks.json") : {} });
+  const gpu = !FOR_WASM.includes(info.precision), half = /f(p)?16$/.test(info.precision);
+  const adapter = gpu && await navigator.gpu?.requestAdapter();
+  if (gpu && !(half ? adapter?.features.has("shader-f16") : adapter)) {
+    throw new Error(`this browser has no WebGPU${half ? " with float16" : ""}, which a model in ${
+      info.precision} needs: export q8`);
+  }
   const threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
-  const parts = await start(library.map(name => content[name]), content, threads);
+  const parts = await library(gpu, threads);
+  const weights = `${info.contract.graph}_data`;
+  const data = await file(weights, info.files[weights].bytes);
   tokenizer = await parts.AutoTokenizer.from_pretrained(".");
   const model = await parts.AutoModelForCausalLM.from_pretrained(".", {
-    device: gpu ? "webgpu" : "wasm", dtype, use_external_data_format: false,
+    device: gpu ? "webgpu" : "wasm", use_external_data_format: false,
     session_options: { externalData: [
-      { path: `${graph}_data`.slice(5), data: content[`${graph}_data`] }] } })
-    .catch(error => { if (!gpu) throw error; });
-  if (!model) return post("gpuFailed");      // the page begins anew, without it
-  Object.keys(content).forEach(name => delete content[name]);    // the model has its own copy
-  await files.remember();
+      { path: weights.split("/").at(-1), data }] } });
   // On Vulkan, as on Android and Linux, WebGPU attends wrongly to 32 and more tokens at once: Dawn's
   // compiler does not set the variables of a shader's loop to zero again.
   const most = gpu && /Linux|CrOS/.test(navigator.userAgent) ? 31 : Infinity;
@@ -55,60 +49,66 @@ async function load({ home, lacks: reason }) {
   context = info.context;
   system = info.system ? [{ role: "system", content: info.system }] : [];    // as in training
   stops = [model.generation_config.eos_token_id].flat();
-  streamerOf = say => new parts.TextStreamer(
-    tokenizer, { skip_prompt: true, skip_special_tokens: true, callback_function: say });
-  post("ready", { on: gpu ? "WebGPU" : "WASM", threads, lacks, keeps: files.keeps });
+  const slow = self.crossOriginIsolated ? "" : ", as the server sends no COOP and COEP headers";
+  post("ready", { on: gpu ? "WebGPU" : `WASM, ${threads} thread${threads > 1 ? "s" : ""}${slow}` });
 }
 
-// The graph that this browser computes with: its dtype, whether on a GPU, and if not, what the GPU
-// lacks.
-async function device({ dtype, device_config }, reason) {
-  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
-  const wanted = adapter && device_config?.webgpu?.dtype;
-  const lacks = reason ?? (/fp?16$/.test(wanted) && !adapter.features.has("shader-f16") ?
-    "this GPU has no float16" : "");
-  return wanted && !lacks ? { dtype: wanted, gpu: true } : { dtype, gpu: false, lacks };
-}
-
-// transformers.js, which takes all its files from `content`: names in the folder, and their bytes.
-async function start([script, factory, wasm], content, threads) {
-  const url = (bytes, type = "text/javascript") => URL.createObjectURL(new Blob([bytes], { type }));
-  const library = await import(url(script)), { env } = library;
-  Object.assign(env, {
-    allowRemoteModels: false, allowLocalModels: true, localModelPath: files.home,
-    useBrowserCache: false, useWasmCache: false,
-    fetch: async address => {
-      const name = new URL(address, files.home).href.slice(files.home.length);
-      return name in content ? new Response(content[name]) : new Response(null, { status: 404 });
-    } });
-  Object.assign(env.backends.onnx.wasm, {
-    numThreads: threads, wasmPaths: { mjs: url(factory), wasm: url(wasm, "application/wasm") } });
-  return library;
-}
-
-async function ask({ messages, temperature }) {
-  const ids = prompt(messages, 1), start = performance.now(), times = [];
-  const streamer = streamerOf(text => post("text", { text }));
-  streamer.put([[]]);                        // the prompt, which is skipped
-  let read;
-  stopped = false;
-  reader.anew = 0;
-  for await (const tokens of answer(reader, ids, context - ids.length, stops, temperature, () => stopped)) {
-    read ??= reader.anew;
-    times.push(...tokens.map(() => performance.now()));
-    streamer.put([tokens.map(BigInt)]);
+// The bytes of a file of the folder. Of one whose size is given, the page shows how much has come.
+async function file(name, size) {
+  const response = await fetch(new URL(name, HOME)).catch(() => ({ ok: false }));
+  if (!response.ok) throw new Error(`${name} cannot be loaded: copy the folder whole`);
+  if (!size) return response.arrayBuffer();
+  const whole = new Uint8Array(size);
+  let loaded = 0;
+  for (const stream = response.body.getReader(); ;) {
+    const { value, done } = await stream.read();
+    if (done ? loaded < size : loaded + value.length > size) {
+      throw new Error(`${name} does not have the ${size} bytes that export.json names`);
+    }
+    if (done) return whole;
+    whole.set(value, loaded);
+    loaded += value.length;
+    post("progress", { loaded, total: size });
   }
-  streamer.end();
-  post("done", { read, length: ids.length, context, first: (times[0] - start) / 1000, tokens: times.length,
+}
+
+// transformers.js, from vendor/ in the folder or else from a CDN.
+async function library(gpu, numThreads) {
+  const vendor = new URL("vendor/node_modules/", HOME).href, script = "dist/transformers.min.js";
+  const { ok } = await fetch(`${vendor}${LIBRARY}/${script}`, { method: "HEAD" });
+  const place = (name, version) => ok ? `${vendor}${name}`
+                                      : `https://cdn.jsdelivr.net/npm/${name}@${version}`;
+  const parts = await import(`${place(LIBRARY, VERSION)}/${script}`), { onnx } = parts.env.backends;
+  // Without WebGPU, onnxruntime is several times as fast on the CPU.
+  const build = `ort-wasm-simd-threaded${gpu ? ".asyncify" : ""}`;
+  const runtime = `${place("onnxruntime-web", onnx.versions.web)}/dist/${build}`;
+  Object.assign(onnx.wasm, {
+    numThreads, wasmPaths: { mjs: `${runtime}.mjs`, wasm: `${runtime}.wasm` } });
+  Object.assign(parts.env, {
+    allowRemoteModels: false, allowLocalModels: true, localModelPath: HOME,
+    useBrowserCache: false });           // it would not see that a file is another one now
+  return parts;
+}
+
+async function ask({ messages }) {
+  const ids = prompt(messages, 1), start = performance.now(), times = [], said = [];
+  stopped = false;
+  for await (const tokens of answer(reader, ids, context - ids.length, stops, () => stopped)) {
+    times.push(...tokens.map(() => performance.now()));
+    said.push(...tokens);
+    post("text", { text: tokenizer.decode(said, { skip_special_tokens: true }) });
+  }
+  if (!said.length) return post("stopped");
+  post("done", { first: (times[0] - start) / 1000, tokens: said.length,
                  seconds: (times.at(-1) - times[0]) / 1000 });
 }
 
-async function choose({ messages, task, choices }) {
-  answers[task] ??= answerTokens(tokenizer, choices, stops);
-  const longest = Math.max(...answers[task].map(answer => answer.tokens.length));
-  const ids = prompt(messages, longest), start = performance.now();
+async function choose({ messages, choices }) {
+  const start = performance.now(), answers = answerTokens(tokenizer, choices, stops);
+  const longest = Math.max(...answers.map(({ tokens }) => tokens.length));
   stopped = false;
-  const best = await likeliest(reader, ids, answers[task], 3, () => stopped);
+  const best = await likeliest(reader, prompt(messages, longest), answers, 3, () => stopped);
+  if (!best) return post("stopped");
   post("chosen", { best, seconds: (performance.now() - start) / 1000 });
 }
 
@@ -128,13 +128,4 @@ function prompt(messages, more) {
   return ids;
 }
 
-function json(bytes) { return JSON.parse(new TextDecoder().decode(bytes)); }
-
-function inOneLine(error) {
-  const text = String(error?.message ?? error).split("\n")[0];
-  if (/out of memory|bad_alloc|alloc\w* (failed|size)|failed to alloc/i.test(text)
-      || error instanceof RangeError || typeof error === "number") {
-    return "too little memory for this model: close other tabs";
-  }
-  return text;
-}
+load();
