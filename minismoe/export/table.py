@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unicodedata import combining
 
 from ..data.tokenizer import Tokenizer
@@ -23,6 +23,9 @@ from ..runtime.folder import known_tasks
 from .contract import QUESTION
 
 Rows = list[tuple[int, int, int, int]]
+NAME = b"answer.2"                           # with the version of the format
+BYTE_NAMES = {BYTE(byte): bytes([byte]) for byte in range(256)}
+BYTE_CHARACTERS = {character: byte for byte, character in enumerate(BYTES)}
 NONE, SPECIAL, ONE_WORD, GPT2, LLAMA3 = 0xFFFFFFFF, 1 << 31, 0, 1, 2
 SHARED, CHARACTERS, WHOLE_WORDS, NORMAL_FORM, DIGITS, MARKS, STRIP = (1 << i for i in range(7))
 KINDS, DIGIT, BLANK = {1: r"\p{L}", 2: r"\p{N}", 4: r"\s", 8: r"\p{M}"}, 16, 32
@@ -52,8 +55,9 @@ def splitting(folder: Path) -> tuple[BPE, int, int, int]:
     steps = [{key: step[key] for key in step if key != "trim_offsets"}
              for step in first.get("pretokenizers", [first])]
     fallback = bool(model.get("byte_fallback"))
-    odd = [t["content"] for t in content["added_tokens"] if t["lstrip"] or t["rstrip"] or t[
-        "single_word"] or (t["normalized"] and normalizer and not t["special"])]
+    odd = [t["content"] for t in content["added_tokens"]
+           if t["lstrip"] or t["rstrip"] or t["single_word"]
+           or (t["normalized"] and normalizer and not t["special"])]
     if len(bpe.bytes) < 256 + fallback and (fallback or model.get("unk_token")):
         odd.append("a byte without a token")
     for way, words, numbers, flags in WAYS:
@@ -124,47 +128,113 @@ def crc32(files: Iterable[Path]) -> int:
     return check
 
 
+class Tables(NamedTuple):
+    """The tables of answer.bin, by answer.c's names and in its order: it says what they hold."""
+
+    TEXTS: bytes
+    STARTS: list[int]
+    BYTES: list[int]
+    PAGES: list[int]
+    KINDS: list[int]
+    BEFORE: list[int]
+    AFTER: list[int]
+    STOPS: list[int]
+    PROMPT: list[int]
+    FOLLOWING: list[int]
+    MERGES: Rows
+    NAMES: Rows
+    ADDED: Rows
+    PARTS: Rows
+    WHOLES: Rows
+    LARGEST: Rows
+    TASKS: Rows
+    CHOICES: Rows
+    DRAFTS: Rows
+
+
+def token_bytes(token: str, fallback: bool) -> bytes:
+    r"""What a token writes, by its name in tokenizer.json. fallback: the names are characters, with
+    "▁" for a space, and tokens of bytes besides; otherwise each character stands for a byte.
+
+    >>> token_bytes("Ġcard", fallback=False), token_bytes("Ã©", fallback=False)
+    (b' card', b'\xc3\xa9')
+    >>> token_bytes("▁card", fallback=True), token_bytes("<0x0A>", fallback=True)
+    (b' card', b'\n')
+    """
+    if fallback:
+        return BYTE_NAMES.get(token) or token.replace("▁", " ").encode()
+    if all(character in BYTE_CHARACTERS for character in token):
+        return bytes(BYTE_CHARACTERS[character] for character in token)
+    return token.encode()                    # such as an added one of two line ends
+
+
+def names_of(bpe: BPE, flags: int, written: Mapping[int, bytes]) -> dict[str, int]:
+    """Texts that are looked up before any pair is merged, and their tokens: whole words, or single
+    characters."""
+    if flags & CHARACTERS:
+        return {t: i for t, i in (bpe.vocab | {" ": bpe.vocab["▁"]}).items() if len(t) == 1}
+    if flags & WHOLE_WORDS:
+        return {text.decode(): i for i, text in written.items()
+                if text == text.decode("utf-8", "ignore").encode()}
+    return {}
+
+
+def template_codes(text: str, special: Mapping[str, int]) -> list[int]:
+    """A part of the chat template: its characters, and SPECIAL + its special tokens."""
+    longest_first = sorted(special, key=len, reverse=True)       # one may begin another
+    parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
+    return [n for part in parts
+            for n in ([SPECIAL + special[part]] if part in special else map(ord, part))]
+
+
+def pack_tables(head: bytes, tables: Tables) -> bytes:
+    """The content of answer.bin: its name, a hash of the rest, the head, where each table is and
+    how many entries it has, and the tables."""
+    places, body = list[int](), b""
+    start = len(NAME) + 4 + len(head) + 8 * len(tables)
+    for table in tables:
+        places += [start + len(body), len(table)]
+        if isinstance(table, bytes):
+            data = table
+        else:                                # of a row, the second number comes first: see answer.c
+            flat = [n for entry in table for n in (
+                (entry[1], entry[0], *entry[2:]) if isinstance(entry, tuple) else (entry,))]
+            data = struct.pack(f"<{len(flat)}I", *flat)
+        body += data + bytes(-len(data) % 8)
+    rest = head + struct.pack(f"<{len(places)}I", *places) + body
+    return NAME + struct.pack("<I", zlib.crc32(rest)) + rest
+
+
 def write_port(folder: Path, info: Mapping[str, Any], tokenizer: Tokenizer) -> None:
     """Write answer.c, answer.h and answer.bin into a folder of which export.json says `info`."""
     for name in ("answer.c", "answer.h"):
         shutil.copyfile(Path(__file__).with_name("port") / name, folder / name)
     bpe, words, numbers, flags = splitting(folder)
-    vocab, special, size, said = bpe.vocab, tokenizer.special, info["vocab_size"], info["contract"]
-    added = {text: i for text, i in bpe.added.items() if text not in special}
-    fallback, golden, code = flags & CHARACTERS, said["golden"], {c: b for b, c in enumerate(BYTES)}
-    byte = {(BYTE(b) if fallback else BYTES[b]): bytes([b]) for b in range(256)}
-    written = {i: byte[t] if t in byte else t.replace("▁", " ").encode() if fallback else
-               bytes(code[c] for c in t) if code.keys() >= {*t} else t.encode()
-               for t, i in (vocab | added).items() if t not in special}
-    names = {text.decode(): i for i, text in written.items()
-             if flags & WHOLE_WORDS and text == text.decode("utf-8", "ignore").encode()}
-    if fallback:
-        names = {t: i for t, i in (vocab | {" ": vocab["▁"]}).items() if len(t) == 1}
+    special, size, said = tokenizer.special, info["vocab_size"], info["contract"]
+    golden, fallback = said["golden"], bool(flags & CHARACTERS)
+    written = {i: token_bytes(token, fallback) for token, i in (bpe.vocab | bpe.added).items()
+               if token not in special}
     named, tasks, choices = task_tables(folder, tokenizer, size + 1)
     texts = [*(written.get(i, b"") for i in range(size)), *map(str.encode, [QUESTION, *named])]
+    pages, kinds, parts, wholes = characters(words, bool(flags & NORMAL_FORM))
+    values = golden["logits"]["values"]
+    scores = struct.unpack(f"<{len(values)}I", struct.pack(f"<{len(values)}f", *values))
     drafts = {"".join(map(chr, ids[::-1])): t for ids, t in (read_drafts(folder) or {}).items()}
-    cut = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len)[::-1])) + ")")
-    tables: list[Any] = [
-        b"".join(texts), [0, *accumulate(map(len, texts))], [vocab.get(t, NONE) for t in byte],
-        *(pages := characters(words, bool(flags & NORMAL_FORM)))[:2],
-        *([n for part in cut.split(said["prompt"][side]) for n in (
-            [SPECIAL + special[part]] if part in special else map(ord, part))]
-          for side in ("before", "after")),
-        said["stop_ids"], golden["input_ids"], golden["tokens"],
-        sorted((vocab[a], vocab[b], rank, vocab[a + b]) for (a, b), rank in bpe.ranks.items()),
-        tree(names), tree(added), *pages[2:],
-        [(i, 0, *struct.unpack("<I", struct.pack("<f", score)), 0) for i, score in zip(
-            golden["logits"]["ids"], golden["logits"]["values"])], tasks, choices, tree(drafts)]
-    places, body = list[int](), b""
-    for table in tables:                     # of a row, the second number comes first: see answer.c
-        flat = [n for entry in table for n in (
-            (entry[1], entry[0], *entry[2:]) if isinstance(entry, tuple) else (entry,))]
-        data = table if isinstance(table, bytes) else struct.pack(f"<{len(flat)}I", *flat)
-        places += [48 + 8 * len(tables) + len(body), len(table)]
-        body += data + bytes(-len(data) % 8)
+    tables = Tables(
+        TEXTS=b"".join(texts), STARTS=[0, *accumulate(map(len, texts))],
+        BYTES=[bpe.vocab.get(token, NONE) for token in (BYTE_NAMES if fallback else BYTES)],
+        PAGES=pages, KINDS=kinds, BEFORE=template_codes(said["prompt"]["before"], special),
+        AFTER=template_codes(said["prompt"]["after"], special), STOPS=said["stop_ids"],
+        PROMPT=golden["input_ids"], FOLLOWING=golden["tokens"],
+        MERGES=sorted((bpe.vocab[a], bpe.vocab[b], rank, bpe.vocab[a + b])
+                      for (a, b), rank in bpe.ranks.items()),
+        NAMES=tree(names_of(bpe, flags, written)),
+        ADDED=tree({text: i for text, i in bpe.added.items() if text not in special}),
+        PARTS=parts, WHOLES=wholes,
+        LARGEST=[(i, 0, bits, 0) for i, bits in zip(golden["logits"]["ids"], scores)],
+        TASKS=tasks, CHOICES=choices, DRAFTS=tree(drafts))
     flags |= STRIP * said["prompt"]["strip"] | SHARED * (said["cache"] == "shared")
-    body = struct.pack(
-        f"<7IfI{len(places)}I", crc32(folder / name for name in ("model.onnx", "model.onnx.data")),
-        size, info["context"], words, numbers, flags, size, golden["logits"]["tolerance"], 0,
-        *places) + body
-    (folder / "answer.bin").write_bytes(b"answer.2" + struct.pack("<I", zlib.crc32(body)) + body)
+    model = crc32(folder / name for name in ("model.onnx", "model.onnx.data"))
+    head = struct.pack("<7IfI", model, size, info["context"], words, numbers, flags, size,
+                       golden["logits"]["tolerance"], 0)     # struct Head of answer.c
+    (folder / "answer.bin").write_bytes(pack_tables(head, tables))

@@ -4,6 +4,7 @@ every kind of export that it takes; damaged files and texts end in one line.
 MINISMOE_TOKENIZERS names folders with a tokenizer.json whose tokens are compared as well.
 """
 
+import doctest
 import json
 import math
 import os
@@ -33,6 +34,7 @@ from tokenizers import pre_tokenizers as pre
 from minismoe.cli.export_flags import parse
 from minismoe.data import toy
 from minismoe.data.tokenizer import FileTokenizer, load_tokenizer
+from minismoe.export import table
 from minismoe.export.contract import prompt
 from minismoe.export.table import write_port
 from minismoe.export.trim import trimmed_tokenizer
@@ -101,6 +103,10 @@ def test_it_compiles_without_a_warning(compiler: str, build: Callable[..., Path]
 
 
 # Tokens
+
+def test_what_a_token_writes() -> None:
+    assert doctest.testmod(table).attempted and not doctest.testmod(table).failed
+
 
 def random_texts(count: int, words: Sequence[str], seed: int = 0) -> list[str]:
     """Texts of characters of all planes, marks in any order, Hangul, emoji, digits, white space of
