@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import export as script
 from minismoe.data.tools import Message
-from minismoe.export import graph, steps
+from minismoe.export import graph, sampler
 from minismoe.export.calibration import Samples
 from minismoe.export.mixture import round_experts
 from minismoe.export.settings import ExportConfig
@@ -93,7 +93,7 @@ def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
                                         last=1 + DRAFTED if kind == "ort" else 1)
     folder.mkdir()
     graph.write_decoder(folder / "model.onnx", stored(model, form, beside), form)
-    steps.write_sampler(folder / "sampler.onnx", c.vocab_size)
+    sampler.write_sampler(folder / "sampler.onnx", c.vocab_size)
     for name, text in ({"config.json": json.dumps(CONFIG)} | dict(files)).items():
         (folder / name).write_text(text)
     describe(folder, target=target, context=context, static=static, layers=len(c.attention_layers),

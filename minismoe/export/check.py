@@ -31,7 +31,6 @@ from ..runtime.drafts import make_drafts, write_drafts
 from ..runtime.folder import graph_of
 from ..runtime.model import CHUNK
 from .answers import check_answers, rights_in_torch, rights_of, shares, training_answers
-from .nodes import all_nodes
 from .plan import TOKENS, check_prompts
 from .settings import ExportConfig, Source
 from .ship import Part, adapter_weights, merged_weights, unrounded, widened
@@ -226,7 +225,7 @@ def stop_rounding(generator: Generator) -> None:
     """Let a generator round no activations from now on, which is slow, to test only its blocks."""
     file = generator.folder / graph_of(generator.info)
     graph = onnx.load(str(file), load_external_data=False)
-    for attribute in (a for node in all_nodes(graph.graph.node) for a in node.attribute):
+    for attribute in (a for node in graph.graph.node for a in node.attribute):
         if attribute.name == "accuracy_level":
             attribute.i = 0
     options = generator.session.get_session_options()

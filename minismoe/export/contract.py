@@ -17,7 +17,6 @@ from ..runtime import Generator
 from ..runtime.drafts import DRAFTED, SHORT
 from ..runtime.folder import trained_system
 from ..runtime.npu import EXACT
-from .nodes import all_nodes
 from .settings import Source
 
 ONNXRUNTIME = "1.30"                         # the oldest that has all kernels
@@ -31,8 +30,6 @@ DIMENSIONS = {
     "total_sequence_length": "past and new tokens"}
 MASK = "1 for each past and new token, 0 for the padding of a graph of fixed sizes"
 POSITIONS = "if it is an input: the number of each new token from 0, padding not counted"
-STEPS = ("; with a number N in place of the last 1, a run chooses up to N tokens greedily (output "
-         "tokens), and ends at a stop token")
 NPU_MASK = ("1 for each slot of the past that is filled and, behind the slots, for each new token; "
             "0 for free slots and padding")
 NPU_PAST = ("present.* are keys and values of the new tokens alone: copy those of tokens, not of "
@@ -66,15 +63,14 @@ def contract(folder: Path, name: str, target: str, stops: Sequence[int]) -> dict
     graph, npu = _graph(folder, name), target == "npu"
     keys = [x for x in graph["inputs"] if x["name"].startswith("past_key_values.")]
     states = [x for x in graph["inputs"] if x["name"].startswith("past_") and x not in keys]
-    steps = any(x["name"] == "tokens" for x in graph["outputs"])
     fixed = isinstance(graph["inputs"][0]["shape"][1], int)
     return {
         "onnxruntime": ONNXRUNTIME, **graph, "dimensions": DIMENSIONS,
-        "attention_mask": NPU_MASK if npu else MASK + STEPS * steps,
+        "attention_mask": NPU_MASK if npu else MASK,
         "past": NPU_PAST if npu else PAST, "position_ids": POSITIONS,
         "padding": "left" if fixed else "none",
         "cache": "slots" if npu else "fixed" if fixed else (
-            "shared" if target == "ort" and not steps else "growing"),
+            "shared" if target == "ort" else "growing"),
         "cache_bytes_per_token": sum(        # heads, and numbers of a head
             BYTES[x["type"]] * x["shape"][1] * x["shape"][3] for x in keys),
         "state_bytes": sum(BYTES[x["type"]] * prod(x["shape"][1:]) for x in states),
@@ -88,7 +84,7 @@ def _graph(folder: Path, name: str) -> dict[str, Any]:
     model = onnx.load(str(folder / name), load_external_data=False)
     operators = defaultdict[str, set[str]](set)
     weights = {tensor.name for tensor in model.graph.initializer}
-    for node in all_nodes(model.graph.node):
+    for node in model.graph.node:
         operators[node.domain].add(node.op_type)
     return {
         "graph": name, "ir_version": model.ir_version,

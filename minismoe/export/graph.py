@@ -11,7 +11,6 @@ Letters: T new tokens, P past tokens, S = P + T, D hidden, H query heads, K key/
 heads, C head size, L taps of a convolution, I its channels, V vocabulary, N tokens with logits.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from .layers import matrix
 from .mixture import LinearLayers
 from .nodes import Graph
 from .positions import END, Positions
-from .steps import put_in_steps
 from .weights import GraphFormat, WeightStore
 
 
@@ -303,22 +301,17 @@ class DecoderBuilder:
                 for i in c.delta_layers]
 
 
-def write_decoder(file: Path, model: CausalLM, form: GraphFormat,
-                  stops: Sequence[int] | None = None) -> None:
-    """Write the graph of a model to `file`, and its tensors to `file`.data.
+def write_decoder(file: Path, model: CausalLM, form: GraphFormat, data: str = ".data") -> None:
+    """Write the graph of a model to `file`, and its tensors to a file beside it, whose name has
+    `data` behind.
 
     The modules decide what each matrix is: see ship.py. A static form (1, T, P) fixes every size:
     the cache holds the last P positions, and a prompt is read in chunks of T, the first of which is
     padded on the left. plan.py's `refuse` says what cannot be written.
-
-    stops: ids of the tokens that end an answer, for a graph that transformers.js opens, which
-    fetches `file`_data; see `put_in_steps` for q8.
     """
-    with open(f"{file}.data" if stops is None else f"{file}_data", "wb") as data:
-        graph = Graph(data, form.dtype)
+    with open(f"{file}{data}", "wb") as tensors:
+        graph = Graph(tensors, form.dtype)
         decoder = DecoderBuilder(graph, WeightStore(graph, model, form))
         decoder.declare()
         decoder.build()
-    if stops is not None and form.rows:      # what a browser runs on the CPU
-        put_in_steps(graph, stops)
     graph.save(file)

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from ..model.quantize import BlockWeight
 from .contract import contract
 from .graph import write_decoder
 from .npu import compile_npu, write_npu
+from .sampler import write_sampler
 from .ship import Part
-from .steps import write_sampler
 from .weights import PRECISIONS, GraphFormat
 
 # How transformers.js names a model's file, by our precision: its dtype, and the suffix of that.
@@ -48,7 +48,7 @@ def write_graph(part: Part, folder: Path) -> dict[str, Any]:
         if config.chip:
             compile_npu(folder, config.chip)
     elif config.layout == "web":
-        name = write_web(folder, part.shipped, config.form, stops)
+        name = write_web(folder, part.shipped, config.form)
     else:
         write_decoder(folder / name, part.shipped, config.form)
     said = contract(folder, name, config.target, stops)
@@ -236,14 +236,14 @@ def write_genai(out: Path, context: int, share_buffer: bool = True) -> None:
                    "past_present_share_buffer": share_buffer}})
 
 
-def write_web(out: Path, model: CausalLM, form: GraphFormat, stops: Sequence[int]) -> str:
+def write_web(out: Path, model: CausalLM, form: GraphFormat) -> str:
     """Write the decoder where transformers.js looks for it, name it in out/config.json, and add the
     page that loads it. Returns its place in the folder."""
     shutil.copytree(Path(__file__).with_name("page"), out, dirs_exist_ok=True)
     dtype, suffix = WEB_DTYPES[form.precision]
     name = f"model{suffix}.onnx"
     (out / "onnx").mkdir(exist_ok=True)
-    write_decoder(out / "onnx" / name, model, form, stops)
+    write_decoder(out / "onnx" / name, model, form, "_data")        # as it is fetched
     config = read_json(out / "config.json")
     config["transformers.js_config"] = {
         "dtype": dtype, "use_external_data_format": {name: 1},           # how many data files

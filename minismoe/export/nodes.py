@@ -3,7 +3,7 @@
 import copy
 import ctypes
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -87,14 +87,6 @@ class Graph:
         graph = helper.make_graph(self.nodes, file.stem, self.inputs, self.outputs,
                                   list(self.tensors.values()))
         opsets = [helper.make_opsetid(domain, 1 if domain else self.opset)
-                  for domain in sorted({"", *(n.domain for n in all_nodes(self.nodes))})]
+                  for domain in sorted({"", *(n.domain for n in self.nodes)})]
         onnx.save(helper.make_model(graph, producer_name="minismoe", ir_version=IR,
                                     opset_imports=opsets), str(file))
-
-
-def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """The nodes, and those of the graphs inside them."""
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            yield from all_nodes(attribute.g.node)

@@ -29,10 +29,8 @@ from minismoe.cli import inputs as cli_inputs
 from minismoe.cli.export_flags import parse
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export import answers, calibration, check, layouts, plan, ranges, write
-from minismoe.export import graph as graphs
 from minismoe.export import ship as shipping
 from minismoe.export.calibration import shuffled_samples
-from minismoe.export.nodes import Graph
 from minismoe.export.settings import ExportConfig
 from minismoe.export.ship import sharing_copy
 from minismoe.io import progress
@@ -633,14 +631,6 @@ def wider_windows(model: CausalLM) -> CausalLM:
     return model
 
 
-def wrong_steps(patch: pytest.MonkeyPatch) -> None:
-    def break_logits(graph: Graph, stops: list[int]) -> None:
-        assert graph.nodes[-1].output[:] == ["logits"]
-        graph.nodes[-1].output[0] = "right"
-        graph.node("Mul", "wrong", "right", graph.constant(1.5, torch.float32), named=["logits"])
-    patch.setattr(graphs, "put_in_steps", break_logits)
-
-
 def keep_one_too_many(patch: pytest.MonkeyPatch) -> None:
     """Of a long prompt, the cache keeps a token that the next prompt does not have."""
     def cut(cache: SharedCache, n: int) -> bool:
@@ -669,7 +659,6 @@ BROKEN: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [
     *((in_graph(without_experts_of_q), f"{flags} --precision {precision}",
        f"{STORED}: .* explains 0.0001") for precision in ("int4", "int8") for flags in (
            "ROUTED --routing dynamic", "--routing freeze --target portable")),
-    (wrong_steps, "--layout web --precision q8", STORED),
     *((after("check_exact"), flags, OFF) for flags in (
         "", "--precision int8 --target portable", "--precision fp32",
         "--layout web --precision q4f16")),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from minismoe.export import graph as graphs
 from minismoe.export.graph import DecoderBuilder, write_decoder
 from minismoe.export.plan import refuse
-from minismoe.export.steps import write_sampler
+from minismoe.export.sampler import write_sampler
 from minismoe.export.weights import PRECISIONS, GraphFormat
 from minismoe.method.experts import ExpertLinear, expert_layers, linear_layers
 from minismoe.model.checkpoint import load_model
@@ -398,29 +398,3 @@ def test_sampler(tmp_path: Path, vocab: int) -> None:
     assert torch.equal(values, want.values)
     assert torch.equal(indices, want.indices)
     torch.testing.assert_close(logprobs, logits[:, 0].log_softmax(-1).gather(1, indices))
-
-
-@pytest.mark.parametrize("family", ["smollm2", "lfm2", "qwen3_5"])
-def test_a_graph_in_steps_writes_what_single_steps_write(
-        model: Callable[..., CausalLM], family: str, tmp_path: Path) -> None:
-    """Tokens, last logits and cache; the loop ends where it stops."""
-    form = GraphFormat("ort", "q8", 64)
-    m, tokens = stored(model(family), form), list[Tensor]()
-    write_decoder(tmp_path / "single.onnx", m, form)
-    single, ids = Runner(tmp_path / "single.onnx"), random_ids(5)
-    for _ in range(6):
-        logits = single(tokens[-1] if tokens else ids)
-        tokens.append(logits[:, -1].argmax(-1, keepdim=True))
-    never = next(i for i in range(m.config.vocab_size) if not (torch.stack(tokens) == i).any())
-    for stops in ([], [never], tokens[2].flatten().tolist()):
-        write_decoder(tmp_path / "steps.onnx", m, form, stops)
-        steps = Runner(tmp_path / "steps.onnx")
-        for count in (1, 6):
-            mask = torch.tensor([[1, 1, 1, 1, count]])
-            *state, said = steps.session.run(None, {
-                "input_ids": ids.numpy(), "attention_mask": mask.numpy(), **steps.past})
-            length = min([count, *(n for n, token in enumerate(tokens, 1) if int(token) in stops)])
-            assert torch.equal(torch.from_numpy(said), torch.stack(tokens)[:length])
-            if length == 6:
-                assert all((ours == theirs).all() for ours, theirs in zip(
-                    state, (logits.numpy(), *single.past.values()), strict=True))

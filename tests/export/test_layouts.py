@@ -425,7 +425,7 @@ def web_folder(run: Run, web: Path, precision: str = "fp32", block: int = 32) ->
     """The layout of transformers.js, of a merged run."""
     copy_base_files(run.base, web)
     form = GraphFormat("ort", precision, CONTEXT, block)
-    write_web(web, stored(run.merged, form), form, load_tokenizer(run.base).stop_ids)
+    write_web(web, stored(run.merged, form), form)
     return web
 
 
@@ -438,7 +438,7 @@ def test_what_a_base_says_for_transformers_js(run: Run, tmp_path: Path, theirs: 
     config = read_json(base / "config.json")
     (base / "config.json").write_text(json.dumps(config | {"transformers.js_config": theirs}))
     copy_base_files(base, tmp_path / "out")
-    write_web(tmp_path / "out", run.merged, GraphFormat("ort", "fp32", CONTEXT), [])
+    write_web(tmp_path / "out", run.merged, GraphFormat("ort", "fp32", CONTEXT))
     found = read_json(tmp_path / "out/config.json")["transformers.js_config"]
     assert found == {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1},
                      "kv_cache_dtype": {"fp32": "float32"}}
@@ -466,8 +466,7 @@ def test_transformers_js_says_the_same(any_run: Run, tmp_path: Path, precision: 
 @needs_node
 def test_transformers_js_says_the_same_of_a_family(family_run: Run, tmp_path: Path) -> None:
     copy_base_files(family_run.base, tmp_path / "web")
-    write_web(tmp_path / "web", family_run.merged, GraphFormat("ort", "fp32", CONTEXT),
-              load_tokenizer(family_run.base).stop_ids)
+    write_web(tmp_path / "web", family_run.merged, GraphFormat("ort", "fp32", CONTEXT))
     said = web_says(tmp_path / "web")
     assert (said["prompt"], said["tokens"][:len(family_run.tokens)]) == (
         family_run.prompt, family_run.tokens)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minismoe.export.npu import compile_npu, write_npu
 from minismoe.export.ranges import Range, activation_ranges
-from minismoe.export.steps import write_sampler
+from minismoe.export.sampler import write_sampler
 from minismoe.export.weights import GraphFormat
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM

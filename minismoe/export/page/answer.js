@@ -1,35 +1,29 @@
 // Answers of the model: tokens one after another, or the likeliest of a set.
 
-const BURST = 200;                       // ms: "stop" is heard between calls of the model
-
 // What the model has read, with its keys and values. A text that begins like the last one, as in a
 // chat that goes on, is read from the first token that differs.
 export class Reader {
   // most: tokens that are read at once.
   constructor(model, { DynamicCache, Tensor }, most) {
     Object.assign(this, { model, DynamicCache, Tensor, most, read: [], past: new DynamicCache() });
-    this.several = model.sessions.model.outputNames.includes("tokens");
   }
 
-  // The last logits (1, 1, V) after the tokens `ids`. A graph that can also chooses up to `count`
-  // tokens, greedily; undefined if `stopped()` in between.
-  async after(ids, count = 1, stopped = () => false) {
+  // The logits (V,) after the tokens `ids`; undefined if `stopped()` in between.
+  async after(ids, stopped) {
     let same = ids.findIndex((id, i) => id !== this.read[i]);
     if (same < 0) same = ids.length - 1;             // the last token is read again for its logits
     if (same < this.read.length) await this.cut(same);
     for (;;) {
       const start = this.read.length, part = ids.slice(start, start + this.most);
-      const seen = start + part.length, last = seen === ids.length;
-      const mask = new BigInt64Array(seen).fill(1n);
-      if (this.several && last) mask[seen - 1] = BigInt(count);
-      const { logits, tokens, ...present } = await this.model.forward({
+      const mask = new BigInt64Array(start + part.length).fill(1n);
+      const { logits, ...present } = await this.model.forward({
         input_ids: new this.Tensor("int64", BigInt64Array.from(part, BigInt), [1, part.length]),
-        attention_mask: new this.Tensor("int64", mask, [1, seen]), past_key_values: this.past });
+        attention_mask: new this.Tensor("int64", mask, [1, mask.length]),
+        past_key_values: this.past });
       this.past.update(Object.fromEntries(Object.entries(present).map(([name, values]) => [
         name.replace("present_", "past_").replace("present", "past_key_values"), values])));
-      const chosen = last && tokens ? Array.from(tokens.data, Number) : [];
-      this.read.push(...part, ...chosen.slice(0, -1));
-      if (last) return { logits: logits.data, chosen };
+      this.read.push(...part);
+      if (this.read.length === ids.length) return logits.data;
       if (stopped()) return undefined;
     }
   }
@@ -64,24 +58,16 @@ export class Reader {
 // `stops` that ends them.
 export async function* answer(reader, ids, room, stops, stopped) {
   const { port1, port2 } = new MessageChannel();
-  for (let count = 1; room > 0 && !stopped();) {
-    const start = performance.now(), result = await reader.after(ids, count, stopped);
-    if (!result) return;
-    const found = reader.several ? result.chosen : [likeliestToken(result.logits)];
-    yield found;
-    if (stops.includes(found.at(-1))) return;
-    ids = [...ids, ...found];
-    room -= found.length;
-    const fit = Math.floor(BURST * found.length / (performance.now() - start));
-    count = Math.max(1, Math.min(room, fit, 16));
-    await new Promise(done => { port1.onmessage = done; port2.postMessage(null); });
+  for (ids = [...ids]; room > 0 && !stopped(); room--) {
+    const logits = await reader.after(ids, stopped);
+    if (!logits) return;
+    const best = logits.reduce((best, score, id) => score > logits[best] ? id : best, 0);
+    if (Number.isNaN(logits[best])) throw new Error("the model's logits are not numbers");
+    yield best;
+    if (stops.includes(best)) return;
+    ids.push(best);
+    await new Promise(done => { port1.onmessage = done; port2.postMessage(null); });   // hears "stop"
   }
-}
-
-function likeliestToken(logits) {
-  const best = logits.reduce((best, score, id) => score > logits[best] ? id : best, 0);
-  if (Number.isNaN(logits[best])) throw new Error("the model's logits are not numbers");
-  return best;
 }
 
 // The answers of a set as the chat template writes them after a question, sorted by their tokens:
@@ -119,10 +105,10 @@ export async function likeliest(reader, ids, answers, best, stopped) {
     }
     const [first, last] = [group[0].tokens, group.at(-1).tokens];    // they are sorted: what these
     const shared = first.findIndex((id, i) => id !== last[i]);       // two share, all do
-    const result = await reader.after([...ids, ...first.slice(0, shared)], 1, stopped);
-    if (!result || stopped()) return undefined;
+    const logits = await reader.after([...ids, ...first.slice(0, shared)], stopped);
+    if (!logits || stopped()) return undefined;
     const parts = Map.groupBy(group, answer => answer.tokens[shared]);
-    const scores = [...parts.keys()].map(id => result.logits[id]), highest = Math.max(...scores);
+    const scores = [...parts.keys()].map(id => logits[id]), highest = Math.max(...scores);
     const total = highest + Math.log(scores.reduce((sum, s) => sum + Math.exp(s - highest), 0));
     if (Number.isNaN(total)) throw new Error("the model's logits are not numbers");
     [...parts.values()].forEach((part, i) => {

@@ -93,9 +93,9 @@ async function library(gpu, numThreads) {
 async function ask({ messages }) {
   const ids = prompt(messages, 1), start = performance.now(), times = [], said = [];
   stopped = false;
-  for await (const tokens of answer(reader, ids, context - ids.length, stops, () => stopped)) {
-    times.push(...tokens.map(() => performance.now()));
-    said.push(...tokens);
+  for await (const token of answer(reader, ids, context - ids.length, stops, () => stopped)) {
+    times.push(performance.now());
+    said.push(token);
     post("text", { text: tokenizer.decode(said, { skip_special_tokens: true }) });
   }
   if (!said.length) return post("stopped");
