@@ -1,6 +1,6 @@
 """Make the folder that ships: place the experts, round, write, and compare with PyTorch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -76,14 +76,7 @@ def write(part: Part, source: Source, folder: Path, reference_fp32: CausalLM) ->
             graph["contract"]["drafts"] = {"file": DRAFTS, "tokens": DRAFTED, **steps}
     if config.port:
         write_port(folder, graph, source.tokenizer)
-    return info | graph | {"checked": checked,
-                           "providers": same_texts(config.provider or (), checked)}
-
-
-def same_texts(providers: Sequence[str], checked: Mapping[str, Any]) -> list[str]:
-    """Those providers that gave all texts of the CPU: `auto` may take them."""
-    return [name for name in providers
-            if checked["providers"][name]["texts_equal"] == checked["providers"][name]["texts"]]
+    return info | graph | {"checked": checked}
 
 
 def about(config: ExportConfig, source: Source) -> dict[str, Any]:

@@ -256,12 +256,6 @@ def test_an_npu_folder(run: Path, tmp_path: Path, flags: str,
     assert list(Generator(out, threads=1).generate(PROMPT, 4))
 
 
-def test_auto_takes_those_providers_that_say_what_the_cpu_says() -> None:
-    checked = {"providers": {name: {"texts": 8, "texts_equal": equal} for name, equal in (
-        ("webgpu", 8), ("cuda", 7))}}
-    assert write.same_texts(["cuda", "webgpu"], checked) == ["webgpu"]
-
-
 def test_a_folder_knows_answers_and_instructions(run: Path, tmp_path: Path) -> None:
     """Those of all training lines, however few of them the run used."""
     data = Path(shutil.copytree(run.parent / "data", tmp_path / "data"))
