@@ -76,16 +76,6 @@ FAMILIES |= {
     "smollm3": ("smollm3", {"num_hidden_layers": 4, "no_rope_layer_interval": 2}),
     "smollm3_window": ("smollm3", {"no_rope_layers": [0, 1], "use_sliding_window": True,
                                    "sliding_window": WINDOW, "tie_word_embeddings": False}),
-    "granite": ("granite", {"embedding_multiplier": 12.0, "residual_multiplier": 0.22,
-                            "attention_multiplier": 0.3, "logits_scaling": 6.0}),
-    "granite4": ("granitemoehybrid", {
-        "num_local_experts": 0, "layer_types": ["full_attention"] * 2, "mamba_n_heads": 4,
-        "shared_intermediate_size": 52, "position_embedding_type": "rope",
-        "tie_word_embeddings": True, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
-        "attention_multiplier": 0.2, "logits_scaling": 2.0}),
-    "granite4_nope": ("granitemoehybrid", {
-        "num_local_experts": 0, "layer_types": ["full_attention"] * 2, "mamba_n_heads": 4,
-        "shared_intermediate_size": 52}),
     "gemma3": ("gemma3_text", {
         "num_hidden_layers": 4, "head_dim": 16, "sliding_window": WINDOW,
         "sliding_window_pattern": 2, "query_pre_attn_scalar": 20, "rope_theta": 500.0,

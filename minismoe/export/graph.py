@@ -214,8 +214,7 @@ class DecoderBuilder:
     def mlp(self, i: int, x: str) -> str:
         """x (1, T, D) -> (1, T, D)."""
         c, name = self.config, f"model.layers.{i}.mlp"
-        inner = ("input_linear",) if c.fused_mlp else ("gate_proj", "up_proj")
-        both = self.linear([f"{name}.{part}" for part in inner], x, f"{name}.gate_up_proj")
+        both = self.linear([f"{name}.gate_proj", f"{name}.up_proj"], x, f"{name}.gate_up_proj")
         gate, up = self.node("Split", name, both, outputs=2, axis=-1, num_outputs=2)
         act = self.silu(name, gate) if c.activation == "silu" else self.node(
             "Gelu", name, gate, approximate="tanh")
@@ -270,9 +269,8 @@ class DecoderBuilder:
                     weight = self.norm_weight(f"{name}.{after}") * self.stream
                     added = self.rms(f"{name}.{after}", added, self.tensor(
                         f"{name}.{after}.weight", weight))
-                added = self.times(f"{name}.{before}", added, c.residual_multiplier)
         y, _ = self.norm("model.norm", x, added)
-        self.head(self.times("model.norm", y, c.output_multiplier))
+        self.head(y)
 
     def declare(self) -> None:
         """Name the inputs and outputs of the graph, with their types and shapes."""

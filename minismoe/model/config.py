@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "granitemoehybrid",
-               "gemma3", "gemma3_text", "lfm2", "qwen3_5", "qwen3_5_text")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3", "gemma3_text",
+               "lfm2", "qwen3_5", "qwen3_5_text")
 # Models of text and images -> what transformers calls their text alone.
 IMAGED = {"gemma3": "Gemma3ForCausalLM", "qwen3_5": "Qwen3_5ForCausalLM"}
 # Settings of theirs that stand outside of text_config.
@@ -14,7 +14,6 @@ OUTER = ("eos_token_id", "tie_word_embeddings", "dtype", "torch_dtype", "quantiz
 # A family's defaults for what its config.json leaves out, where Llama has others.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "smollm3": {"rope_theta": 2e6, "tie_word_embeddings": True},
-    "granitemoehybrid": {"num_local_experts": 8, "layer_types": ["mamba"]},
     "gemma3_text": {
         "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
         "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
@@ -28,13 +27,11 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 256, "max_position_embeddings": 1 << 15, "linear_num_key_heads": 16,
         "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128}}
 # What a family calls a setting -> Llama's name of it.
-SETTINGS = {"granitemoehybrid": {"shared_intermediate_size": "intermediate_size"},
-            "gemma3_text": {"hidden_activation": "hidden_act"},
+SETTINGS = {"gemma3_text": {"hidden_activation": "hidden_act"},
             "lfm2": {"norm_eps": "rms_norm_eps", "block_ff_dim": "intermediate_size",
                      "tie_embedding": "tie_word_embeddings"}}
 # Llama's name of a module -> that in the checkpoints of a family.
-MODULES = {"granitemoehybrid": {"mlp": "shared_mlp", "down_proj": "output_linear"},
-           "lfm2": {"input_layernorm": "operator_norm", "post_attention_layernorm": "ffn_norm",
+MODULES = {"lfm2": {"input_layernorm": "operator_norm", "post_attention_layernorm": "ffn_norm",
                     "norm": "embedding_norm", "o_proj": "out_proj", "q_norm": "q_layernorm",
                     "k_norm": "k_layernorm", "mlp": "feed_forward", "gate_proj": "w1",
                     "up_proj": "w3", "down_proj": "w2"}}
@@ -75,11 +72,8 @@ class Config:
     no_rope_layers: tuple[int, ...] = ()             # layers that do not rotate queries and keys
     norm_offset: float = 0.0                         # added to the stored weights of norms
     post_norms: bool = False                         # norms after attention and MLP, too
-    fused_mlp: bool = False                          # gate and up are one matrix
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None        # of the scores; None: 1 / sqrt(head_dim)
-    residual_multiplier: float = 1.0                 # of what attention and MLP add
-    output_multiplier: float = 1.0                   # of the logits
     conv_layers: tuple[int, ...] = ()                # with a short convolution, not attention
     conv_size: int = 0                               # tokens that it sees
     delta_layers: tuple[int, ...] = ()               # with a gated delta net, not attention
@@ -255,12 +249,6 @@ def _own(c: _Settings, layers: range) -> dict[str, Any]:
         return {"norm_offset": 1.0, "post_norms": True, "qk_norm": True, "local_rope_theta": local,
                 "embedding_multiplier": c.size("hidden_size") ** 0.5,
                 "attention_multiplier": c.number("query_pre_attn_scalar", 256) ** -0.5}
-    if kind in ("granite", "granitemoehybrid"):
-        rotates = kind == "granite" or c.get("position_embedding_type") == "rope"
-        return {f"{name}_multiplier": c.number(f"{name}_multiplier", 1.0)
-                for name in ("embedding", "attention", "residual")} | {
-            "output_multiplier": 1 / c.number("logits_scaling", 1.0),
-            "fused_mlp": kind != "granite", "no_rope_layers": () if rotates else tuple(layers)}
     if kind == "lfm2":
         inner, step = c.size("intermediate_size"), c.size("block_multiple_of", 256)
         if c.get("block_auto_adjust_ff_dim", True):
@@ -287,11 +275,9 @@ def _types(c: _Settings, layers: range, own: Mapping[str, Any]) -> list[str]:
         full = layers[(period := c.size("sliding_window_pattern", 6)) - 1::period]
     elif kind == "qwen3_5_text":
         other, full = DELTA, layers[(period := c.size("full_attention_interval", 4)) - 1::period]
-    elif kind == "granitemoehybrid":
-        other = "attention"
     elif kind == "lfm2":
         other, full = CONV, c.get("full_attn_idxs") or layers
-    elif kind in ("llama", "granite") or c.get("sliding_window", 4096) is None or not (
+    elif kind == "llama" or c.get("sliding_window", 4096) is None or not (
             kind == "mistral" or c.get("use_sliding_window")):
         return [FULL] * len(layers)
     elif kind == "smollm3":

@@ -1,7 +1,7 @@
 """The decoder, with the module names of Llama's checkpoints, whatever the family.
 
-One class serves Llama 1/2/3, SmolLM2/3, TinyLlama, Mistral, Qwen2/2.5/3/3.5, Granite, Gemma 3 and
-LFM2; `Config` says how they differ. Tokens are packed to rows (N, D), without padding, except in
+One class serves Llama 1/2/3, SmolLM2/3, TinyLlama, Mistral, Qwen2/2.5/3/3.5, Gemma 3 and LFM2;
+`Config` says how they differ. Tokens are packed to rows (N, D), without padding, except in
 attention, convolutions and delta nets; see tokens.py.
 
 Letters: B batch, T time, N packed tokens, S of them that are read, D hidden, C head size,
@@ -32,18 +32,14 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.activation, self.fused = cfg.activation, cfg.fused_mlp
-        if self.fused:
-            self.input_linear = nn.Linear(cfg.hidden_size, 2 * cfg.intermediate_size, bias=False)
-        else:
-            self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
-            self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
+        self.activation = cfg.activation
+        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
+        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=cfg.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = (self.input_linear(x).chunk(2, -1) if self.fused
-                    else (self.gate_proj(x), self.up_proj(x)))
-        return self.down_proj(ACTIVATIONS[self.activation](gate) * up)
+        gate = ACTIVATIONS[self.activation](self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
 
 
 MIXERS: dict[str, Any] = {"self_attn": Attention, "conv": ShortConv, "linear_attn": DeltaNet}
@@ -54,7 +50,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
-        self.residual, self.post_norms = cfg.residual_multiplier, cfg.post_norms
+        self.post_norms = cfg.post_norms
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg)
         self.mixer = ("conv" if layer in cfg.conv_layers else
                       "linear_attn" if layer in cfg.delta_layers else "self_attn")
@@ -67,10 +63,10 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens, rope: Rope) -> Tensor:
         y = getattr(self, self.mixer)(self.input_layernorm(x), tokens, rope)
-        x = x.add(self.post_attention_layernorm(y) if self.post_norms else y, alpha=self.residual)
+        x = x + (self.post_attention_layernorm(y) if self.post_norms else y)
         if self.post_norms:
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
@@ -136,9 +132,7 @@ class Decoder(nn.Module):
 
     def head_input(self, x: Tensor, tokens: Tokens) -> Tensor:
         """What the head reads, (N, D) or (S, D), of what the last layer wrote."""
-        x = self.norm(x if tokens.read is None else x.index_select(0, tokens.read))
-        # A multiplier of the logits; the head is linear.
-        return x if self.config.output_multiplier == 1 else x * self.config.output_multiplier
+        return self.norm(x if tokens.read is None else x.index_select(0, tokens.read))
 
 
 class CausalLM(nn.Module):

@@ -214,8 +214,7 @@ def training(work: str) -> Callable[[argparse.Namespace, str], Figures]:
 WORKS: dict[str, tuple[Callable[[argparse.Namespace, str], Figures], Sequence[str]]] = {
     "train": (training("train"), ("PEFT", "ours")),
     "probe": (training("score"), ("backward", "probe", "published")),
-    "family": (training("family"), ("llama", "smollm3", "granite", "granitemoehybrid",
-                                    "gemma3_text", "lfm2", "qwen3_5_text")),
+    "family": (training("family"), ("llama", "smollm3", "gemma3_text", "lfm2", "qwen3_5_text")),
     "decode": (decode, ()),                  # the given folders and files
     "answers": (answers, ("plain", "first token", "from the set")),
     "drafts": (drafts, ("plain", "no drafts", "drafted")),

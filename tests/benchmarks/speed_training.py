@@ -126,8 +126,7 @@ def score(args: argparse.Namespace, side: str) -> Figures:
 
 
 OWN: dict[str, dict[str, Any]] = {           # what differs from Llama
-    "llama": {}, "smollm3": {}, "granite": {},
-    "granitemoehybrid": {"num_local_experts": 0, "position_embedding_type": "rope"},
+    "llama": {}, "smollm3": {},
     "gemma3_text": {"sliding_window": 64, "query_pre_attn_scalar": 64},
     "lfm2": {"block_auto_adjust_ff_dim": False}, "qwen3_5_text": {}}
 
@@ -137,9 +136,7 @@ def shape(family: str, layers: int, width: int) -> dict[str, Any]:
     heads = max(8, width // 64)              # of Qwen3.5's delta nets; their gates have rank 8
     mixed: dict[str, Any] = {
         "lfm2": {"layer_types": ["conv", "full_attention"] * (layers // 2)},
-        "qwen3_5_text": {"linear_num_key_heads": heads, "linear_num_value_heads": heads},
-        "granitemoehybrid": {"layer_types": ["attention"] * layers,
-                             "shared_intermediate_size": 2 * width}}
+        "qwen3_5_text": {"linear_num_key_heads": heads, "linear_num_value_heads": heads}}
     return {"model_type": family, "vocab_size": 259, "hidden_size": width,
             "num_hidden_layers": layers, "intermediate_size": 2 * width, "head_dim": 64,
             "num_attention_heads": width // 64, "num_key_value_heads": width // 128 or 1,

@@ -22,10 +22,10 @@ def test_a_layer_starts_few_kernels_and_a_step_waits_once(side, dtype, most) -> 
 
 
 def test_a_scaled_embedding_waits_for_nothing() -> None:
-    """Granite's, and Gemma's, whose multiplier is rounded to the model's dtype."""
-    granite = launches.config(2, launches.NARROW) | {"model_type": "granite"}
+    """Gemma's, whose multiplier is rounded to the model's dtype."""
+    gemma = launches.config(2, launches.NARROW) | {"model_type": "gemma3_text"}
     with torch.device("meta"):
-        model = CausalLM(Config.from_dict(granite | {"embedding_multiplier": 12.0}))
+        model = CausalLM(Config.from_dict(gemma))
     ids, mask, _ = collate(launches.examples(4), 0)
     with launches.Kernels("meta") as kernels:
         model.model(ids, mask)

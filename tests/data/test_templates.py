@@ -81,7 +81,7 @@ def test_odd_characters_stay_as_they_are() -> None:
 
 
 def test_every_template_finds_the_same_day_on_all_days() -> None:
-    """SmolLM3 and Granite ask for the day at once, Llama 3.2 if it was not given one."""
+    """SmolLM3 asks for the day at once, Llama 3.2 if it was not given one."""
     asks = "{{ strftime_now('%d %b %Y') }}"
     for template in (asks, "{% if date_string is not defined %}" + asks + "{% endif %}"):
         assert Tokenizer(ByteTokenizer(), template, "", "").render([]) == "26 Jul 2024"

@@ -137,7 +137,7 @@ def test_a_template_that_knows_no_tools_is_refused_once(both: Both, split: str, 
 
 
 def test_a_template_that_leaves_out_calls_is_refused(both: Both) -> None:
-    """As those of Granite 3.3 and LFM2, which list tools."""
+    """As that of LFM2, which lists tools."""
     _, ours = both("{{ tools | tojson }}" + CHATML)
     lines = [to_messages(CHATS[name]) for name in ("answer", "call")]
     with pytest.raises(ValueError, match="example 2, .* the chat template leaves out tool_calls"):

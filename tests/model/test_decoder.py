@@ -22,7 +22,7 @@ from minismoe.model.tokens import Cache, Tokens
 
 LENGTHS = (17, 9, 1)                             # of three rows: full, padded, and a single token
 CACHED = ("llama3", "llama_biases", "mistral_window", "qwen2_window", "qwen3", "gemma3", "lfm2",
-          "lfm2_long", "granite4", "smollm3_window", "qwen3_5", "qwen3_5_long")
+          "lfm2_long", "smollm3_window", "qwen3_5", "qwen3_5_long")
 Checkpoint = Callable[[str], tuple[Any, Path]]
 close = partial(tiny.close, tolerance=1e-5)
 

@@ -30,7 +30,7 @@ PROMPTS = [b"some words", b"longer: the quick brown fox jumps"]
 TOLERANCES = {"fp32": 1e-5, "int8": 1e-5, "int4": 1e-5, "fp16": 3e-2}     # of the largest logit
 # What onnxruntime's own operators need of attention, and sizes without which families are alike.
 SIZES = {"vocab_size": BYTES["vocab_size"], "hidden_size": 64, "head_dim": 16, "eos_token_id": 257,
-         "mamba_n_heads": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+         "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
