@@ -32,6 +32,9 @@ def allocation_of(config: RunConfig, inputs: Inputs, size: int = PROBE_BATCH,
     if config.strategy != "votes" or len(inputs.encoded) == 1:
         equal = {task: dict.fromkeys(shapes, 0.0) for task in inputs.encoded}
         return choose(config, equal, shapes, config.strategy), None
+    # Votes of one task leave each matrix one expert: a budget below that is too small whatever the
+    # scores of all tasks are, so it is refused before the probe.
+    choose(config, {"": dict.fromkeys(shapes, 0.0)}, shapes)
     scores = run_probe(config, inputs, shapes, size)
     return choose(config, scores, shapes), scores
 

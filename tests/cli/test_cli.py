@@ -50,6 +50,13 @@ def test_probe_writes_its_files_and_keeps_what_it_measured(inputs, tmp_path, suc
     assert not (tmp_path / "allocation.json").exists()   # that of the earlier probe is gone
 
 
+def test_train_refuses_a_budget_that_no_scores_fit_before_it_probes(inputs, tmp_path, monkeypatch,
+                                                                    fails) -> None:
+    monkeypatch.setattr(probing, "probe", lambda *_: pytest.fail("the probe has begun"))
+    fails(train.main, *inputs, "--out", tmp_path / "run", "--budget-params", "1",
+          says="a budget of 1 trainable parameters is too small: the nearest possible is")
+
+
 def test_train_end_to_end(inputs, tmp_path, succeed, fails) -> None:
     out_dir = tmp_path / "run"
     out = succeed(train.main, *inputs, "--out", out_dir, "--epochs", "1")
