@@ -13,6 +13,7 @@ completes it, and its files equal those of an undisturbed run, except for times.
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from minismoe.io.files import write_json
 from minismoe.io.progress import progress_bar
 from minismoe.io.text import clean
 from minismoe.method.allocate import Allocation
-from minismoe.method.experts import add_experts
+from minismoe.method.experts import add_experts, routed
 from minismoe.method.sensitivity import Scores
 from minismoe.model.checkpoint import load_adapter, save_adapter
 from minismoe.model.decoder import meta_model
@@ -41,6 +42,8 @@ def main(argv: Sequence[str]) -> None:
         print(f"nothing is missing: {config.out} holds its results")
         return
     config = resolve_auto(config)
+    if config.data is None:                          # the toy's prompts hold random letters, and
+        config = replace(config, prompt_loss=0.0)    # to learn these spoils what its base knows
     if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")   # TF32, where products are not in bfloat16
     if config.show:
@@ -100,7 +103,9 @@ def train_and_evaluate(run: Path, config: RunConfig, inputs: Inputs, allocation:
     base = sum(p.numel() for p in meta_model(inputs.model.config).parameters())
     print(f"{allocation}, {trainable:,} trainable parameters, {trainable / base:.1%} of the "
           "base's")
-    if 1 < max(allocation.experts.values()) <= allocation.top_k:
+    if not routed(inputs.model):
+        print("no matrix has a router: there is nothing to freeze")
+    elif max(allocation.experts.values()) <= allocation.top_k:
         print(f"no matrix has more than {allocation.top_k} experts: all are active for each token")
 
     # Evaluate the base. B starts at 0, so that the experts change no answer yet.

@@ -177,6 +177,7 @@ def test_no_probe_where_it_decides_nothing(inputs, tmp_path, monkeypatch, succee
     assert not (run / "sensitivity.json").exists() and found == probed
     assert ("one task: a plain LoRA of rank 4, without a probe; several tasks share experts by "
             "votes\n" in said) == ("only" in flags)
+    assert "no matrix has a router: there is nothing to freeze\n" in said
     assert "experts a matrix" not in said and found["strategy"] == "lora"
     assert [*found["experts"].values()] == [1] * 14 and found["rank"] == 4
 
